@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from promoe_triton.layout import ExpertLayout
 
 
 class ExpertKey(NamedTuple):
@@ -88,24 +90,10 @@ class Store(Protocol):
         """Say in one line where the experts rest."""
         ...
 
-    def close(self) -> None:
-        """Give back files and memory. Idempotent."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
-    """A range of a file and the place in a slot where its bytes land."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    slot_offset: int
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """One expert, or one part of it, on its way into a slot.
+    """One fill of a slot: an expert, or one part of it, on its way there.
 
     Identity is what counts: two transfers of the same expert are two transfers.
     """
@@ -121,23 +109,58 @@ class Transfer:
         return self is other
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one copy moves: bytes `begin` to `end` of a transfer, counted through its extents."""
+
+    transfer: Transfer
+    begin: int
+    end: int
+
+
+class Feed(Protocol):
+    """Where a link gets its work: it asks for the next chunk and tells what became of it.
+
+    Overtaking is nothing but asking again: a transfer that is passed over keeps its cursor.
+    """
+
+    def next_chunk(self, budget: int) -> Chunk | None:
+        """Hand out at most `budget` bytes of the most urgent transfer; None where there is nothing to do."""
+        ...
+
+    def landed(self, chunk: Chunk) -> bool:
+        """Note that the chunk's bytes are in the slot; True where the transfer is complete with it.
+
+        A complete transfer counts as in flight until `finished`, so that the link can touch the slot once more.
+        """
+        ...
+
+    def finished(self, transfer: Transfer) -> None:
+        """Note that the link is done with a complete transfer's slot."""
+        ...
+
+    def failed(self, chunk: Chunk, error: BaseException) -> None:
+        """Note that the chunk could not be copied; no more of its transfer is handed out."""
+        ...
+
+
 class Link(Protocol):
     """Copies experts from a store into slots. Submitting never blocks; every wait is bounded."""
 
     def submit(self, transfer: Transfer) -> None:
-        """Queue a copy. The slot belongs to the transfer until it is waited for or cancelled."""
+        """Queue a copy. The slot must stay occupied until the transfer is waited for or has settled."""
         ...
 
     def wait(self, transfer: Transfer) -> ExpertTensors:
-        """Block until the bytes have landed and return the tensors, views of the slot's memory.
+        """Return the tensors, views of the slot: work that the caller issues from now on sees the bytes.
 
         Raises PromoeError, naming the source and the offset, when the copy failed or made no progress within
-        the link's bound; nothing of the transfer is in flight after that.
+        the link's bound. A chunk may still be in flight after that: `cancel` tells.
         """
         ...
 
-    def cancel(self, transfer: Transfer) -> None:
-        """Start no further copy for it, and return once nothing of it is in flight. Never raises."""
+    def cancel(self, transfer: Transfer) -> bool:
+        """Start no further chunk of it. True once nothing of it is in flight, and its slot may be reused."""
         ...
 
     @property
@@ -154,7 +177,7 @@ class Policy(Protocol):
     """Chooses which expert leaves when a slot is needed. Pure: told of events, asked for a victim."""
 
     def admitted(self, key: ExpertKey) -> None:
-        """`key` has taken a slot."""
+        """`key` has taken a slot; its bytes are on their way."""
         ...
 
     def used(self, key: ExpertKey) -> None:
@@ -165,24 +188,39 @@ class Policy(Protocol):
         """`key` has left its slot."""
         ...
 
-    def victim(self, leased: Collection[ExpertKey]) -> ExpertKey | None:
-        """Name the admitted expert to evict next, none of the leased ones; None where all are leased."""
+    def victim(self, kept: Set[ExpertKey]) -> ExpertKey | None:
+        """Name the admitted expert to evict next, none of those kept; None where there is none."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    """Experts of one layer in the order they are expected to be needed, most likely first."""
+class Observation:
+    """What a predictor may look at when `layer` has routed its tokens.
+
+    router_input_TD is what the router saw, which in some families is not what the experts are given.
+    """
 
     layer: int
-    experts: tuple[int, ...]
+    router_input_TD: Tensor
+    expert_ids_TA: Tensor
+    token_ids_T: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Experts expected at `layer`, `steps` tokens from now (0: this one), most likely first, with scores."""
+
+    layer: int
+    steps: int
+    expert_ids: Tensor
+    scores: Tensor
 
 
 class Predictor(Protocol):
     """Says which experts later layers will ask for. Only proactive links ask it."""
 
-    def predict(self, layer: int, router_input_TD: Tensor) -> Sequence[Prediction]:
-        """Rank experts of later layers, given what `layer`'s router has just seen."""
+    def predict(self, seen: Observation) -> Sequence[Prediction]:
+        """Rank experts of later layers, or of the next token's first ones. Never waits for the host."""
         ...
 
 
@@ -217,16 +255,16 @@ class LayerKernels(Protocol[C]):
         """Group the rows by expert. Ids of E and more are sentinels: such pairs contribute nothing."""
         ...
 
-    def up(self, call: C, experts: Sequence[int]) -> None:
-        """First product (gate and up) of these experts' rows."""
+    def up(self, call: C, experts: Sequence[int] | None) -> None:
+        """First product (gate and up) of these experts' rows; None: of every expert of the call."""
         ...
 
     def activate(self, call: C) -> None:
         """Activation and gating of all rows, after the last `up`."""
         ...
 
-    def down(self, call: C, experts: Sequence[int]) -> None:
-        """Second product of these experts' rows."""
+    def down(self, call: C, experts: Sequence[int] | None) -> None:
+        """Second product of these experts' rows; None: of every expert of the call."""
         ...
 
     def combine(self, call: C) -> Tensor:
@@ -240,6 +278,6 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def layer(self, experts: torch.nn.Module, spec: ExpertSpec) -> LayerKernels[Call]:
+    def layer(self, experts: torch.nn.Module, layout: ExpertLayout, spec: ExpertSpec) -> LayerKernels[Any]:
         """Return the computation for this experts module, with no expert placed yet."""
         ...

@@ -1,0 +1,162 @@
+"""From what the user asked for to slots per layer, within the memory there is. Pure but for reading /proc."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from promoe_triton.config import Partition, Slots, format_size, parse_size
+from promoe_triton.errors import PromoeError
+from promoe_triton.protocols import ExpertSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerNeed:
+    """What one layer wants slots for: `experts` experts of `spec`, `slot_bytes` of memory for each slot."""
+
+    experts: int
+    spec: ExpertSpec
+    slot_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Slots per layer; `shared` where the layers of one spec draw them from one partition."""
+
+    slots_of_layer: tuple[int, ...]
+    slot_bytes: tuple[int, ...]
+    shared: bool
+
+    @property
+    def slots(self) -> int:
+        return sum(self.slots_of_layer)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(n * size for n, size in zip(self.slots_of_layer, self.slot_bytes, strict=True))
+
+
+def spread(count: int, needs: Sequence[LayerNeed]) -> tuple[int, ...]:
+    """Share `count` slots equally between layers, none above its experts; what is left over goes first.
+
+    The first layers get the remainder because they are predicted worst.
+    """
+    shares = [0] * len(needs)
+    left = min(count, sum(need.experts for need in needs))
+    while left:
+        open_layers = [i for i, need in enumerate(needs) if shares[i] < need.experts]
+        each, rest = divmod(left, len(open_layers))
+        for position, i in enumerate(open_layers):
+            more = min(each + (position < rest), needs[i].experts - shares[i])
+            shares[i] += more
+            left -= more
+    return tuple(shares)
+
+
+def plan_slots(slots: Slots, partition: Partition, needs: Sequence[LayerNeed], memory: int) -> Budget:
+    """Turn the user's `slots` into slots per layer.
+
+    memory: bytes that slots may take; more than that is refused with both numbers.
+    Raises ValueError where `slots` cannot serve the model and PromoeError where it does not fit in memory.
+    """
+    total = sum(need.experts for need in needs)
+
+    def cost(count: int) -> int:
+        return sum(n * need.slot_bytes for n, need in zip(spread(count, needs), needs, strict=True))
+
+    if slots is None or isinstance(slots, str):
+        limit = memory if slots is None else parse_size(slots)
+        low, high = 0, total
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if cost(middle) <= limit else (low, middle - 1)
+        count = low
+        if count == 0:
+            largest = max(need.slot_bytes for need in needs)
+            raise ValueError(
+                f"{format_size(limit)} {'of free memory ' if slots is None else ''}hold no expert: "
+                f"one slot takes {format_size(largest)}"
+            )
+    elif isinstance(slots, float):
+        count = max(1, round(slots * total))
+    else:
+        count = min(slots, total)
+
+    pools = Counter(need.spec for need in needs)
+    if count < len(pools):
+        raise ValueError(f"this model has {len(pools)} kinds of experts and needs as many slots, got {count}")
+    if partition == "layer" and count < len(needs):
+        raise ValueError(f"partition='layer' needs at least one slot for each of {len(needs)} layers, got {count}")
+    shared = partition == "global" or count < len(needs)
+    shares = spread(count, needs)
+    if shared:
+        shares = _one_per_pool(shares, needs)
+    budget = Budget(slots_of_layer=shares, slot_bytes=tuple(n.slot_bytes for n in needs), shared=shared)
+    if budget.nbytes > memory:
+        raise PromoeError(
+            f"{count} slots take {format_size(budget.nbytes)}, but only {format_size(memory)} of memory are free; "
+            f"ask for fewer slots, or for a size such as slots='{max(memory // 2**30, 1)}GiB'"
+        )
+    return budget
+
+
+def _one_per_pool(shares: tuple[int, ...], needs: Sequence[LayerNeed]) -> tuple[int, ...]:
+    """Move single slots so that every kind of expert has one; there are at least as many slots as kinds."""
+    moved = list(shares)
+    held: Counter[ExpertSpec] = Counter()
+    for share, need in zip(moved, needs, strict=True):
+        held[need.spec] += share
+    for i, need in enumerate(needs):
+        if held[need.spec] == 0:
+            donor = max(range(len(needs)), key=lambda j: held[needs[j].spec] if moved[j] else 0)
+            moved[donor] -= 1
+            held[needs[donor].spec] -= 1
+            moved[i] += 1
+            held[need.spec] += 1
+    return tuple(moved)
+
+
+def available_memory() -> int:
+    """Bytes of RAM this process may still take: the least of the machine's and its control groups'."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    for limit, usage, stat in _control_groups():
+        try:
+            ceiling, used = int(limit.read_text()), int(usage.read_text())
+            cache = sum(
+                int(line.split()[1])
+                for line in stat.read_text().splitlines()
+                if line.split()[0] in ("inactive_file", "total_inactive_file")
+            )
+        except (OSError, ValueError):  # no limit: "max", or a group we cannot see
+            continue
+        available = min(available, max(ceiling - used + cache, 0))
+    return available
+
+
+def _control_groups() -> list[tuple[Path, Path, Path]]:
+    """Limit, usage and statistics files of every memory control group this process is in (v2 and v1)."""
+    found: list[tuple[Path, Path, Path]] = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if group == root.parent:
+                break
+            found.append((group / names[0], group / names[1], group / "memory.stat"))
+    return found

@@ -1,0 +1,123 @@
+"""Every choice a user can make, in one frozen dataclass that validates itself."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from promoe_triton.policies import POLICIES
+
+Slots = int | float | str | None
+Partition = Literal["auto", "layer", "global"]
+IO = Literal["auto", "buffered", "direct"]
+StoreKind = Literal["auto", "checkpoint", "spool"]
+BackendName = Literal["auto", "torch"]
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size with its unit names: ``"12GiB"``, ``"800 MB"``, ``"1.5e9 B"``."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    try:
+        size = float(match[1]) * unit if match and unit else math.nan
+    except ValueError:
+        size = math.nan
+    if not math.isfinite(size):
+        raise ValueError(f"a size is a number with a unit such as '12GiB' or '800MB', got {text!r}")
+    return int(size)
+
+
+def format_size(nbytes: float) -> str:
+    """Return bytes as a person reads them: ``9.4 MB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(nbytes) >= size:
+            return f"{nbytes / size:.3g} {unit}" if abs(nbytes) < 999.5 * size else f"{nbytes / size:.0f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How `patch` and `from_pretrained` run the experts of a model.
+
+    slots: how many experts fast memory holds: a count over the whole model (int >= 1), a share of all experts
+        (float in (0, 1]), or a size with its unit (``"12GiB"``). None: whatever fits, everything where it does.
+    device: where slots live. Only ``"cpu"`` (RAM) in this version.
+    store: where experts rest when they are not in slots. ``"checkpoint"``: the files the model came from;
+        ``"spool"``: a temporary copy; ``"auto"``: the checkpoint if it holds these very weights, else a spool.
+    spool_dir: folder for the spool; None takes the system's temporary folder.
+    io: ``"direct"`` reads past the page cache, ``"buffered"`` through it; ``"auto"`` is buffered when all
+        experts fit in available memory beside the slots.
+    depth: reads in flight, each on its own thread.
+    chunk: bytes per read, as an int or a size with its unit; a multiple of 4096.
+    partition: ``"layer"`` gives each layer its own equal share of the slots, ``"global"`` lets layers compete;
+        ``"auto"`` is per layer unless there are fewer slots than layers.
+    policy: which expert leaves when a slot is needed: ``"lru"``, ``"lfru"`` or ``"static"``.
+    profile: a popularity profile (`save_profile`) that says which experts are loaded at the start and that
+        ``"static"`` ranks by.
+    warm: fill the slots when the model is patched, so that the first prompt finds them full.
+    backend: what computes; ``"auto"`` and ``"torch"`` are the same in this version.
+    io_timeout: seconds without progress after which a read is given up with an error.
+    lock_timeout: seconds a forward waits for another thread's forward through the same layer.
+    """
+
+    slots: Slots = None
+    device: str = "cpu"
+    store: StoreKind = "auto"
+    spool_dir: Path | str | None = None
+    io: IO = "auto"
+    depth: int = 2
+    chunk: int | str = "4MiB"
+    partition: Partition = "auto"
+    policy: str = "lru"
+    profile: Path | str | None = None
+    warm: bool = True
+    backend: BackendName = "auto"
+    io_timeout: float = 60.0
+    lock_timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        check_slots(self.slots)
+        if self.device != "cpu":
+            raise ValueError(f"device must be 'cpu' in this version (slots in RAM), got {self.device!r}")
+        for name, choices in (
+            ("store", get_args(StoreKind)),
+            ("io", get_args(IO)),
+            ("partition", get_args(Partition)),
+            ("policy", POLICIES),
+            ("backend", get_args(BackendName)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1 read in flight, got {self.depth}")
+        if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
+            raise ValueError(f"chunk must be a positive multiple of 4096 bytes, got {self.chunk!r}")
+        for name in ("io_timeout", "lock_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)!r}")
+
+    @property
+    def chunk_bytes(self) -> int:
+        return parse_size(self.chunk) if isinstance(self.chunk, str) else self.chunk
+
+
+def check_slots(slots: Slots) -> None:
+    """Raise TypeError or ValueError unless `slots` is a count, a share, a size or None."""
+    if slots is None:
+        return
+    if isinstance(slots, bool) or not isinstance(slots, int | float | str):
+        raise TypeError(f"slots must be a count, a share or a size such as '12GiB', got {slots!r}")
+    if isinstance(slots, str):
+        if parse_size(slots) <= 0:
+            raise ValueError(f"slots as a size must be positive, got {slots!r}")
+    elif isinstance(slots, float):
+        if not 0 < slots <= 1:
+            raise ValueError(f"slots as a share of all experts must be in (0, 1], got {slots!r}; a count is an int")
+    elif slots < 1:
+        raise ValueError(f"slots as a count must be at least 1, got {slots}")

@@ -1,0 +1,153 @@
+"""The ProMoE layer: stands where a block's experts stood, and is called the way they were.
+
+The original module stays what it is (parameters by name, activation, flags); only its class is exchanged for
+a subclass of itself and of `ProMoEExperts`, so that everything else about the model is untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from promoe_triton import ops
+from promoe_triton.config import format_size
+from promoe_triton.errors import PromoeError
+from promoe_triton.runtime import LayerRuntime
+
+
+class ProMoEExperts(nn.Module):
+    """Experts computed from slots. Called as the experts it replaces: hidden [T, D], ids and weights [T, A]."""
+
+    _promoe: LayerRuntime
+    _promoe_name: Tensor
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return self._experts(hidden_states, top_k_index, top_k_weights)
+
+    def _experts(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            y_TD: Tensor = ops.experts(x_TD, expert_ids_TA, weights_TA, self._promoe_name)
+            return y_TD
+        if torch.is_grad_enabled():
+            self._refuse_gradients(x_TD)
+        return self.compute(x_TD, expert_ids_TA, weights_TA)
+
+    @torch.no_grad()
+    def compute(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+        """Run the five steps: group rows, fill slots, first products, activation, second products, combine."""
+        layer = self._promoe
+        with layer.model.exclusive(), record_function("promoe::layer"):
+            layer.bind(self)
+            layer.enter()
+            call = layer.kernels.begin(x_TD, expert_ids_TA, weights_TA)
+            y_TD = layer.run(call)
+            layer.leave(tokens=x_TD.shape[0])
+        return y_TD
+
+    def _refuse_gradients(self, x_TD: Tensor) -> None:
+        if self.training:
+            raise PromoeError(
+                "a patched model cannot be trained: its experts rest in a store without gradients. Call "
+                "promoe_triton.unpatch(model) first, or model.eval() for inference"
+            )
+        if x_TD.requires_grad:
+            warnings.warn(
+                "a patched layer got an input that requires a gradient; its output is detached. Use "
+                "torch.no_grad() or torch.inference_mode() around the model",
+                stacklevel=4,
+            )
+
+    def extra_repr(self) -> str:
+        layer = self._promoe
+        if layer.table is None:
+            return f"experts={layer.layout.experts}, all resident"
+        return f"experts={layer.layout.experts}, slots={len(layer.table)}, store={layer.model.store.describe()}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move or cast resident weights; refuse what would need the weights that are at rest."""
+        layer = self._promoe
+        if layer.table is None:
+            layer.unbind()
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        for name, parameter in self.named_parameters():
+            probe = fn(torch.empty(0, dtype=parameter.dtype))
+            if probe.dtype != parameter.dtype or probe.device.type not in ("cpu", "meta"):
+                raise PromoeError(
+                    f"the experts rest in {layer.model.store.describe()} and cannot be moved to {probe.device} "
+                    f"or cast to {probe.dtype} ({name} is {parameter.dtype} on the CPU); unpatch first"
+                )
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write the true weights, whatever is in slots: they are read back from the store."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        layer = self._promoe
+        if layer.table is not None:
+            layer.model.check_room(f"the state dict of {format_size(layer.model.expert_bytes)} of experts")
+            for name, tensor in layer.stack(self).items():
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._promoe.table is not None and any(key.startswith(prefix) for key in state_dict):
+            raise PromoeError("cannot load weights into experts that rest in a store; unpatch the model first")
+        self._promoe.unbind()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A copy needs a name of its own, or compiled code would run the original.
+        self._promoe_name = ops.register(self)
+
+
+class Llama4Experts(ProMoEExperts):
+    """All experts get all tokens, scaled to zero where they were not chosen: [E * T, D] in and out."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        E = self._promoe.layout.experts
+        hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
+        T = hidden_states.shape[0] // E
+        chosen_ET = hidden_states.view(E, T, -1).ne(0).any(-1).any(-1, keepdim=True).expand(E, T)
+        ids = torch.arange(E, device=hidden_states.device).repeat_interleave(T)
+        weights = chosen_ET.reshape(-1, 1).to(hidden_states.dtype)
+        return self._experts(hidden_states, ids.view(-1, 1), weights)
+
+
+class DbrxExperts(ProMoEExperts):
+    """Tokens come as [B, T, D]."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self._experts(x_TD, top_k_index, top_k_weights).view_as(hidden_states)
+
+
+class JetMoeExperts(ProMoEExperts):
+    """A single product over rows that are already grouped by expert."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        sizes = torch.tensor(expert_size)
+        ids = torch.arange(len(expert_size)).repeat_interleave(sizes)
+        return self._experts(inputs, ids.view(-1, 1), inputs.new_ones((len(ids), 1)))
+
+
+_CALLED_OTHERWISE: dict[str, type[ProMoEExperts]] = {
+    "Llama4TextExperts": Llama4Experts,
+    "DbrxExperts": DbrxExperts,
+    "JetMoeParallelExperts": JetMoeExperts,
+}
+
+
+@functools.cache
+def patched_class(original: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `original` that computes from slots."""
+    base = _CALLED_OTHERWISE.get(original.__name__, ProMoEExperts)
+    return type(f"ProMoE{original.__name__}", (base, original), {"__module__": __name__})

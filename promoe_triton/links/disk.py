@@ -1,0 +1,212 @@
+"""Disk to RAM: a few threads that read chunks straight into slots."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from promoe_triton.errors import PromoeError
+from promoe_triton.memory import SlotMemory
+from promoe_triton.protocols import Chunk, ExpertTensors, Transfer
+from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
+from promoe_triton.stores.image import Extent, SlotImage
+from promoe_triton.stores.reader import FileReader
+from promoe_triton.transfers import TransferQueue
+
+
+@dataclass(slots=True)
+class _Job:
+    """A transfer with the places its bytes go to; `ends` are the running totals of its extents."""
+
+    image: SlotImage
+    memory: SlotMemory
+    extents: list[Extent]
+    ends: list[int]
+
+
+@dataclass(slots=True)
+class _Shared:
+    """All that a reading thread holds on to: never the link itself, so that a lost link can end its threads."""
+
+    store: CheckpointStore
+    reader: FileReader
+    memory_of_layer: Sequence[SlotMemory]
+    chunk_bytes: int
+    queue: TransferQueue = field(default_factory=TransferQueue)
+    jobs: dict[Transfer, _Job] = field(default_factory=dict)
+    done: dict[Transfer, ExpertTensors] = field(default_factory=dict)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    bytes_moved: int = 0
+    closed: bool = False
+
+
+class DiskLink:
+    """`depth` reads in flight, of at most `chunk_bytes` each."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        memory_of_layer: Sequence[SlotMemory],
+        *,
+        direct: bool,
+        depth: int,
+        chunk_bytes: int,
+        timeout: float,
+    ) -> None:
+        self._shared = _Shared(
+            store=store,
+            reader=FileReader(store.unchanged, direct),
+            memory_of_layer=memory_of_layer,
+            chunk_bytes=chunk_bytes,
+        )
+        self._timeout = timeout
+        self.direct = direct
+        self._threads = [
+            threading.Thread(target=_work, args=(self._shared,), name=f"promoe-read-{i}", daemon=True)
+            for i in range(depth)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._finalize = weakref.finalize(self, _stop, self._shared, tuple(self._threads))
+
+    @property
+    def bytes_moved(self) -> int:
+        return self._shared.bytes_moved
+
+    def submit(self, transfer: Transfer) -> None:
+        shared = self._shared
+        if shared.closed:
+            raise PromoeError("this model's reading threads have been stopped; patch the model again")
+        store = shared.store
+        image = store.image(transfer.key, shared.reader.direct)
+        whole = store.staged(transfer.key.layer)
+        extents = [e for tensor in image.of(transfer.part) for e in tensor.extents]
+        job = _Job(
+            image=image,
+            memory=shared.memory_of_layer[transfer.key.layer],
+            extents=extents,
+            ends=list(accumulate(extent.nbytes for extent in extents)),
+        )
+        with shared.changed:
+            shared.jobs[transfer] = job
+            shared.queue.push(transfer, job.ends[-1], whole)
+            shared.changed.notify_all()
+
+    def wait(self, transfer: Transfer) -> ExpertTensors:
+        shared = self._shared
+        with shared.changed:
+            moved, since = shared.bytes_moved, time.monotonic()
+            while transfer not in shared.done and transfer not in shared.queue.errors:
+                shared.changed.wait(timeout=min(self._timeout, 1.0))
+                if shared.bytes_moved != moved:
+                    moved, since = shared.bytes_moved, time.monotonic()
+                elif time.monotonic() - since >= self._timeout:
+                    first = shared.jobs[transfer].extents[0]
+                    raise PromoeError(
+                        f"no byte arrived for {self._timeout:g} s while waiting for {_name(transfer)} from "
+                        f"{first.file} at offset {first.offset}"
+                    )
+            if transfer in shared.queue.errors:
+                error = shared.queue.errors[transfer]
+                raise PromoeError(f"{_name(transfer)} could not be read: {error}") from error
+            tensors = shared.done.pop(transfer)
+            shared.queue.forget(transfer)
+            del shared.jobs[transfer]
+            return tensors
+
+    def cancel(self, transfer: Transfer) -> bool:
+        shared = self._shared
+        with shared.changed:
+            if transfer not in shared.queue:
+                return True
+            shared.queue.stop(transfer)
+            settled = shared.queue.settled(transfer)
+            if settled:
+                shared.queue.forget(transfer)
+                del shared.jobs[transfer]
+                shared.done.pop(transfer, None)
+            return settled
+
+    def close(self) -> None:
+        self._finalize()
+
+
+def _name(transfer: Transfer) -> str:
+    return f"expert {transfer.key.expert} of MoE layer {transfer.key.layer}"
+
+
+def _work(shared: _Shared) -> None:
+    while True:
+        with shared.changed:
+            chunk = None
+            while not shared.closed and (chunk := shared.queue.next_chunk(shared.chunk_bytes)) is None:
+                shared.changed.wait()
+            if chunk is None:
+                return
+            job = shared.jobs[chunk.transfer]
+        try:
+            moved = _copy(shared, job, chunk)
+        except BaseException as error:
+            with shared.changed:
+                shared.queue.failed(chunk, error)
+                shared.changed.notify_all()
+            continue
+        with shared.changed:
+            shared.bytes_moved += moved
+            complete = shared.queue.landed(chunk)
+        if complete:
+            _finish(shared, job, chunk.transfer)
+
+
+def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
+    """Read one chunk into its slot; return the bytes read."""
+    transfer, reader = chunk.transfer, shared.reader
+    if shared.store.staged(transfer.key.layer):
+        slot = job.memory.slot(transfer.slot)
+        return shared.store.convert(transfer.key, transfer.part, job.image, slot, reader)
+    base = transfer.slot * job.memory.slot_bytes
+    at = chunk.begin
+    index = bisect.bisect_right(job.ends, at)
+    while at < chunk.end:
+        extent = job.extents[index]
+        skip = at - (job.ends[index] - extent.nbytes)
+        nbytes = min(extent.nbytes - skip, chunk.end - at)
+        if skip == 0:
+            reader.check(extent.file)
+        reader.read_into(
+            extent.file,
+            extent.offset + skip,
+            nbytes,
+            job.memory.view,
+            base + extent.slot_offset + skip,
+            needed=min(nbytes, extent.needed - skip),
+        )
+        at += nbytes
+        index += 1
+    return chunk.end - chunk.begin
+
+
+def _finish(shared: _Shared, job: _Job, transfer: Transfer) -> None:
+    """Put the last bytes in place and report the tensors."""
+    slot = job.memory.slot(transfer.slot)
+    apply_moves(job.image, transfer.part, slot)
+    tensors = {tensor.spec.name: tensor.view(slot) for tensor in job.image.of(transfer.part)}
+    with shared.changed:
+        shared.queue.finished(transfer)
+        shared.done[transfer] = tensors
+        shared.changed.notify_all()
+
+
+def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
+    with shared.changed:
+        shared.closed = True
+        shared.changed.notify_all()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(timeout=10.0)
+    shared.reader.close()

@@ -1,0 +1,175 @@
+"""`from_pretrained`: load a model's dense part, and leave its experts where they are."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, monkey_patching
+
+from promoe_triton.budget import available_memory
+from promoe_triton.config import Config
+from promoe_triton.errors import PromoeError
+from promoe_triton.layout import ExpertLayout
+from promoe_triton.patch._swap import (
+    RESERVE,
+    check_patchable,
+    checkpoint_store,
+    find_experts,
+    install,
+    patch,
+    plan,
+)
+from promoe_triton.stores.resolve import resolve_files
+
+_FILE_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def from_pretrained(name: str, config: Config | None = None, **options: Any) -> PreTrainedModel:
+    """Load a Mixture-of-Experts model whose experts never all have to be in memory, and patch it.
+
+    The dense part is loaded as transformers does; the experts stay in the checkpoint and come from there into
+    slots. With ``slots=None`` everything is loaded where it fits in free memory.
+
+    name: a folder or a hub id (a local snapshot serves with HF_HUB_OFFLINE=1).
+    config, options: see `Config`; every option that is not a field of it goes to transformers' own
+        from_pretrained (revision, token, dtype, attn_implementation, trust_remote_code...).
+    Raises PromoeError where the checkpoint or the model is of a kind that cannot be run from slots.
+    """
+    mine = {field.name for field in fields(Config)}
+    config = replace(config or Config(), **{k: options.pop(k) for k in list(options) if k in mine})
+    for unsupported in ("device_map", "quantization_config", "tp_plan", "distributed_config"):
+        if options.get(unsupported) is not None:
+            raise PromoeError(f"from_pretrained does not support {unsupported} yet; leave it out")
+    file_options = {key: options[key] for key in _FILE_OPTIONS if key in options}
+    skeleton = _skeleton(name, options)
+    found = find_experts(skeleton)
+    files = resolve_files(name, **file_options)
+    if config.slots is None and _everything_fits(skeleton, found):
+        model = type(skeleton).from_pretrained(name, **options)
+        return patch(model.eval(), config)
+    with _without_experts(skeleton, found):
+        model = type(skeleton).from_pretrained(name, **options)
+    model.eval()
+    for path in found:
+        stub = model.get_submodule(path)
+        owner, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, stub.original.eval())
+    check_patchable(model, resting=True)
+    found = find_experts(model)
+    modules = [model.get_submodule(path) for path in found]
+    layouts = list(found.values())
+    store = checkpoint_store(model, found, files, options.get("key_mapping"))
+    budget = plan(config, store, layouts, available_memory() - _room_for_context(model))
+    install(model, modules, layouts, config, store, budget)
+    return model
+
+
+def _skeleton(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Return the model without any weights, in the class the checkpoint names."""
+    taken = {*_FILE_OPTIONS, "trust_remote_code", "code_revision"}
+    configuration = options.get("config")
+    if not isinstance(configuration, transformers.PreTrainedConfig):
+        configuration = AutoConfig.from_pretrained(name, **{k: v for k, v in options.items() if k in taken})
+    architectures = getattr(configuration, "architectures", None) or [""]
+    known = getattr(transformers, architectures[0], None)
+    with torch.device("meta"):
+        if known is not None:
+            return known._from_config(configuration)
+        remote = {k: v for k, v in options.items() if k in ("trust_remote_code", "code_revision")}
+        return AutoModelForCausalLM.from_config(configuration, **remote)
+
+
+def _everything_fits(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout]) -> bool:
+    size = sum(parameter.nbytes for parameter in skeleton.parameters())
+    return bool(size + _room_for_context(skeleton) <= available_memory())
+
+
+def _room_for_context(model: PreTrainedModel) -> int:
+    """Return bytes for activations and the KV cache of one sequence as long as the model allows."""
+    configuration = model.config.get_text_config()
+
+    def number(*names: str) -> int:
+        return next((int(n) for name in names if isinstance(n := getattr(configuration, name, None), int)), 0)
+
+    layers, length = number("num_hidden_layers"), number("max_position_embeddings")
+    queries = number("num_attention_heads")
+    heads = number("num_key_value_heads", "num_attention_heads")
+    width = number("head_dim") or number("hidden_size") // max(queries, 1)
+    return RESERVE + 2 * layers * heads * width * length * int(model.dtype.itemsize)
+
+
+@contextlib.contextmanager
+def _without_experts(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout]) -> Iterator[None]:
+    """While a model is built and loaded, build parameter-free stubs where its experts would be.
+
+    Their weights then are keys that no parameter asks for, and are never read.
+    """
+    originals = {type(skeleton.get_submodule(path)) for path in found}
+    ours = {original.__name__: _stub_class(original) for original in originals}
+    theirs = monkey_patching.get_patch_mapping()
+    places = [
+        (module, attribute)
+        for original in originals
+        for module in _transformers_modules()
+        for attribute in [original.__name__]
+        if getattr(module, attribute, None) is original
+    ]
+    silenced = _ignore_unexpected(type(skeleton), found)
+    try:
+        monkey_patching.register_patch_mapping(ours, overwrite=True)
+        with silenced:
+            yield
+    finally:
+        monkey_patching.clear_patch_mapping()
+        monkey_patching.register_patch_mapping(theirs)
+        for module, attribute in places:
+            # transformers does not undo its replacement when loading fails.
+            original = next(o for o in originals if o.__name__ == attribute)
+            setattr(module, attribute, original)
+
+
+def _transformers_modules() -> list[Any]:
+    return [module for name, module in list(sys.modules.items()) if name.startswith("transformers")]
+
+
+def _stub_class(original: type[nn.Module]) -> type[nn.Module]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        self._is_hf_initialized = True
+        with torch.device("meta"):
+            # Kept out of the module tree: it has the shapes of the weights, and takes the stub's place later.
+            object.__setattr__(self, "original", original(*args, **kwargs))
+
+    return type(f"{original.__name__}Stub", (nn.Module,), {"__init__": __init__})
+
+
+@contextlib.contextmanager
+def _ignore_unexpected(cls: type[PreTrainedModel], found: Mapping[str, ExpertLayout]) -> Iterator[None]:
+    """Keep transformers from reporting the experts' weights as unexpected."""
+    patterns = [rf"{re.escape(path)}\." for path in found]
+    before = cls.__dict__.get("_keys_to_ignore_on_load_unexpected", ...)
+    inherited = cls._keys_to_ignore_on_load_unexpected
+    cls._keys_to_ignore_on_load_unexpected = [*(inherited or []), *patterns]
+    try:
+        yield
+    finally:
+        if before is ...:
+            del cls._keys_to_ignore_on_load_unexpected
+        else:
+            cls._keys_to_ignore_on_load_unexpected = before

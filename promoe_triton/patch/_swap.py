@@ -1,0 +1,335 @@
+"""`patch`, `unpatch` and `stats`: what happens to a model, in order, and how it is undone."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from promoe_triton import ops
+from promoe_triton.budget import Budget, LayerNeed, available_memory, plan_slots
+from promoe_triton.config import Config
+from promoe_triton.counters import Stats
+from promoe_triton.errors import PromoeError
+from promoe_triton.layer import ProMoEExperts, patched_class
+from promoe_triton.layout import ExpertLayout
+from promoe_triton.patch._families import describe
+from promoe_triton.protocols import ExpertKey, Store
+from promoe_triton.runtime import ModelRuntime, Popularity
+from promoe_triton.stores.checkpoint import CheckpointStore, same_tensors
+from promoe_triton.stores.conversion import map_parameters
+from promoe_triton.stores.host import HostStore
+from promoe_triton.stores.resolve import checkpoint_files
+from promoe_triton.stores.safetensors_files import read_headers
+from promoe_triton.stores.spool import spool
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+RESERVE = 2**30
+"""Bytes of memory that slots leave free for activations and the KV cache of a loaded model."""
+
+
+class PatchedModel(nn.Module):
+    """What a patched model can do beside what it could before: be a context manager that unpatches."""
+
+    _promoe_runtime: ModelRuntime
+
+    def __enter__(self) -> nn.Module:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        unpatch(self)
+
+
+class PatchedGenerator(PatchedModel):
+    """A patched model with `generate`, which is timed."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._promoe_runtime.counters.generation():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def _model_class(original: type[nn.Module]) -> type[nn.Module]:
+    # The same name: transformers writes it into saved configurations.
+    base = PatchedGenerator if hasattr(original, "generate") else PatchedModel
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (base, original), names)
+
+
+def find_experts(model: nn.Module) -> dict[str, ExpertLayout]:
+    """Return the experts modules of a model by path, in the model's order.
+
+    Raises PromoeError where there are none, or where they are of a kind that cannot be patched.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        layout = describe(module)
+        if layout is not None:
+            found[path] = layout
+    if not found:
+        raise PromoeError(
+            f"{type(model).__name__} has no MoE experts that promoe_triton knows: nothing was patched. Is it a "
+            "Mixture-of-Experts model? The README lists the families"
+        )
+    return found
+
+
+def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
+    """Replace the experts of every MoE block by a ProMoE layer, in place, and return the model.
+
+    Outputs stay the model's own, bit for bit. With as many slots as experts the weights stay where they are;
+    with fewer, the experts' memory is given back: they rest in the checkpoint the model came from if it holds
+    the same weights, else in a spool file, and slots are filled from there.
+
+    model: a transformers model with MoE blocks, on the CPU, in eval mode. Also a context manager afterwards:
+        ``with patch(model, slots=0.5): ...`` unpatches at the end.
+    config, options: see `Config`; options override the fields of `config`.
+    Raises PromoeError where the model cannot be patched (no MoE, patched already, in training, quantised, too
+    little memory), ValueError or TypeError for options that make no sense. Nothing has changed after an error.
+    """
+    config = replace(config or Config(), **options)
+    check_patchable(model)
+    found = find_experts(model)
+    modules = [model.get_submodule(path) for path in found]
+    layouts = list(found.values())
+    wanted = sum(layout.experts for layout in layouts)
+    if config.slots is None or covers(config.slots, wanted):
+        if config.device != "cpu":
+            raise ValueError(f"device must be 'cpu' in this version, got {config.device!r}")
+        budget = Budget(
+            slots_of_layer=tuple(layout.experts for layout in layouts),
+            slot_bytes=(0,) * len(layouts),
+            shared=False,
+        )
+        install(model, modules, layouts, config, HostStore(modules, layouts), budget)
+        return model
+    specs = [layout.spec(module) for module, layout in zip(modules, layouts, strict=True)]
+    experts = [layout.experts for layout in layouts]
+    freed = sum(spec.nbytes * n for spec, n in zip(specs, experts, strict=True))
+    # An early answer to a budget that cannot be met, before anything is read or written.
+    needs = [LayerNeed(experts=n, spec=spec, slot_bytes=spec.nbytes) for spec, n in zip(specs, experts, strict=True)]
+    plan_slots(config.slots, config.partition, needs, available_memory() + freed)
+    store = rest(model, found, config)
+    memory = available_memory() + freed - RESERVE
+    install(model, modules, layouts, config, store, plan(config, store, layouts, memory))
+    return model
+
+
+def covers(slots: int | float | str, experts: int) -> bool:
+    """Whether a count or share of slots takes in every expert. A size never does: it includes padding."""
+    if isinstance(slots, str):
+        return False
+    return slots >= 1.0 if isinstance(slots, float) else slots >= experts
+
+
+def check_patchable(model: nn.Module, resting: bool = False) -> None:
+    """Raise unless `model` can be patched: PromoeError with the reason, TypeError where it is no module.
+
+    resting: its experts are in a store already, and have no weights in memory.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch expects a torch module (a transformers model), got {type(model).__name__}")
+    if isinstance(model, PatchedModel) or any(isinstance(m, ProMoEExperts) for m in model.modules()):
+        raise PromoeError("the model is patched already; unpatch it first")
+    if model.training:
+        raise PromoeError("the model is in training mode; call model.eval() first (patching is for inference)")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
+        raise PromoeError(
+            f"quantised models are not supported yet, and this one is quantised by {getattr(method, 'value', method)}; "
+            "load it with dtype='bfloat16' and without a quantization_config"
+        )
+    hooked = [path for path, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if hooked:
+        raise PromoeError(
+            f"accelerate's hooks move weights of this model (at {hooked[0] or 'its root'}); load it on the CPU, "
+            "without device_map"
+        )
+    elsewhere = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
+    if elsewhere - ({"meta"} if resting else set()):
+        raise PromoeError(f"the model must be on the CPU, but has parameters on {', '.join(sorted(elsewhere))}")
+
+
+def plan(config: Config, store: CheckpointStore, layouts: Sequence[ExpertLayout], memory: int) -> Budget:
+    """Share out slots whose size fits every expert of the store, however it lies in its file."""
+    needs = [
+        LayerNeed(experts=layout.experts, spec=spec, slot_bytes=store.slot_bytes(index, layout.experts))
+        for index, (spec, layout) in enumerate(zip(store.specs, layouts, strict=True))
+    ]
+    return plan_slots(config.slots, config.partition, needs, memory)
+
+
+def install(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    layouts: Sequence[ExpertLayout],
+    config: Config,
+    store: Store,
+    budget: Budget,
+) -> None:
+    """Exchange the modules' classes, over slots that are open and filled. The only step that changes the model."""
+    popularity = load_profile(config.profile, layouts) if config.profile else {}
+    resting = isinstance(store, CheckpointStore)
+    runtime = ModelRuntime(config, store, budget, modules, layouts, popularity)
+    for module, layout, layer in zip(modules, layouts, runtime.layers, strict=True):
+        if resting:
+            runtime.originals.append(_empty(module, layout))
+        module._promoe = layer  # type: ignore[assignment]
+        module.__class__ = patched_class(type(module))  # type: ignore[arg-type]
+        module.register_buffer("_promoe_name", ops.register(module), persistent=False)
+    model._promoe_runtime = runtime  # type: ignore[assignment]
+    model.__class__ = _model_class(type(model))  # type: ignore[arg-type]
+
+
+def _empty(module: nn.Module, layout: ExpertLayout) -> dict[str, nn.Parameter]:
+    """Leave parameters that have a shape and no weights; return the originals, their memory given back."""
+    originals = {}
+    for name in layout.names:
+        owner, leaf = _owner(module, name)
+        original = owner._parameters[leaf]
+        assert original is not None
+        originals[name] = original
+        shape, dtype = original.shape, original.dtype
+        meta = torch.empty(shape, dtype=dtype, device="meta")
+        owner._parameters[leaf] = nn.Parameter(meta, requires_grad=original.requires_grad)
+        if original.device.type == "cpu":
+            original.data = torch.empty(0, dtype=dtype)
+    return originals
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def rest(model: nn.Module, found: Mapping[str, ExpertLayout], config: Config) -> CheckpointStore:
+    """Return a store that holds exactly the model's experts: its checkpoint where that is so, else a spool."""
+    modules = [model.get_submodule(path) for path in found]
+    if config.store != "spool":
+        try:
+            store = checkpoint_store(model, found, checkpoint_files(model))
+            verify(store, modules, list(found.values()))
+            return store
+        except PromoeError as reason:
+            if config.store == "checkpoint":
+                raise
+            logger.warning("the experts cannot rest in the model's own checkpoint: %s", reason)
+    return spool(modules, list(found.values()), config.spool_dir)
+
+
+def checkpoint_store(
+    model: nn.Module,
+    found: Mapping[str, ExpertLayout],
+    files: Sequence[Path],
+    key_mapping: Mapping[str, str] | None = None,
+) -> CheckpointStore:
+    """Return the experts of `model` as they rest in these files."""
+    modules = {path: model.get_submodule(path) for path in found}
+    parameters = {
+        f"{path}.{name}": layout.stacked(modules[path].get_parameter(name))
+        for path, layout in found.items()
+        for name in layout.names
+    }
+    sources = map_parameters(model, parameters, read_headers(files), key_mapping)
+    return CheckpointStore(
+        [layout.spec(modules[path]) for path, layout in found.items()],
+        [{name: sources[f"{path}.{name}"] for name in layout.names} for path, layout in found.items()],
+        f"checkpoint {files[0].parent}",
+    )
+
+
+def verify(store: CheckpointStore, modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> None:
+    """Raise PromoeError unless every expert in the store equals the loaded one bit for bit."""
+    loaded = HostStore(modules, layouts)
+    keys = [ExpertKey(i, e) for i, layout in enumerate(layouts) for e in range(layout.experts)]
+    for key in transformers_logging.tqdm(keys, desc="Comparing experts with the checkpoint", leave=False):
+        if not same_tensors(store, key, loaded.load(key)):
+            raise PromoeError(
+                f"expert {key.expert} of MoE layer {key.layer} differs from {store.describe()}: the weights were "
+                "changed after loading"
+            )
+
+
+def unpatch(model: Model) -> Model:
+    """Put the original modules and weights back, in place, and return the model.
+
+    Weights that rest in a store are loaded again; where they do not fit in memory PromoeError says how much is
+    needed, and the model stays patched and usable.
+    """
+    runtime = _runtime(model)
+    if runtime.link is not None:
+        runtime.check_room("putting the weights back", max(runtime.expert_bytes - runtime.budget.nbytes, 0))
+    modules = [module for module in model.modules() if isinstance(module, ProMoEExperts)]
+    weights = (
+        [layer.stack(module) for layer, module in zip(runtime.layers, modules, strict=True)] if runtime.link else []
+    )
+    runtime.close()
+    for index, module in enumerate(modules):
+        if weights:
+            for name, tensor in weights[index].items():
+                owner, leaf = _owner(module, name)
+                parameter = _original(runtime, index, name, owner._parameters[leaf])
+                parameter.data = tensor
+                owner._parameters[leaf] = parameter
+        del module._promoe, module._promoe_name
+        module.__class__ = type(module).__bases__[1]
+    del model._promoe_runtime
+    model.__class__ = type(model).__bases__[1]
+    return model
+
+
+def _original(runtime: ModelRuntime, index: int, name: str, meta: nn.Parameter | None) -> nn.Parameter:
+    """Return the parameter object that was there before, or a new one where there never was one with weights."""
+    original = runtime.originals[index][name] if runtime.originals else None
+    if original is None or original.device.type == "meta":
+        assert meta is not None
+        return nn.Parameter(torch.empty(0, dtype=meta.dtype), requires_grad=meta.requires_grad)
+    return original
+
+
+def stats(model: nn.Module) -> Stats:
+    """Return what a patched model has done so far. Raises PromoeError for a model that is not patched."""
+    return _runtime(model).stats()
+
+
+def _runtime(model: nn.Module) -> ModelRuntime:
+    if not isinstance(model, PatchedModel):
+        raise PromoeError(f"this {type(model).__name__} is not patched; call promoe_triton.patch(model) first")
+    return model._promoe_runtime
+
+
+def save_profile(model: nn.Module, path: Path | str) -> None:
+    """Write how often each expert was used so far, for `Config.profile` of later runs (JSON)."""
+    uses = [layer.uses for layer in _runtime(model).layers]
+    Path(path).write_text(json.dumps({"uses": uses}) + "\n")
+
+
+def load_profile(path: Path | str, layouts: Sequence[ExpertLayout]) -> Popularity:
+    """Read a profile; raises PromoeError where it is none, or one of another model."""
+    try:
+        uses = json.loads(Path(path).read_text())["uses"]
+        shape = [len(layer) for layer in uses]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PromoeError(f"{path} is no popularity profile (save_profile writes one): {error}") from error
+    expected = [layout.experts for layout in layouts]
+    if shape != expected:
+        raise PromoeError(
+            f"{path} is the profile of another model: it has {len(shape)} layers of {sorted(set(shape))} experts, "
+            f"this model has {len(expected)} of {sorted(set(expected))}"
+        )
+    return {ExpertKey(i, e): float(count) for i, layer in enumerate(uses) for e, count in enumerate(layer)}

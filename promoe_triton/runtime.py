@@ -1,0 +1,451 @@
+"""One patched model at run time: its layers, their slots, and the one link that fills them."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from promoe_triton.backends.torch import TorchBackend
+from promoe_triton.budget import Budget, available_memory
+from promoe_triton.config import Config, format_size
+from promoe_triton.counters import Counters, Stats
+from promoe_triton.errors import PromoeError
+from promoe_triton.layout import ExpertLayout
+from promoe_triton.links.disk import DiskLink
+from promoe_triton.memory import SlotMemory
+from promoe_triton.policies import make_policy
+from promoe_triton.protocols import Call, ExpertKey, Link, Part, Policy, Store, Transfer
+from promoe_triton.slots import SlotTable
+from promoe_triton.stores.checkpoint import CheckpointStore
+from promoe_triton.stores.host import HostStore
+
+Popularity = Mapping[ExpertKey, float]
+
+STREAM_BUFFERS = 2
+"""Slots that experts pass through when a call needs more of them than there are slots."""
+
+
+class LayerRuntime:
+    """The experts of one layer: what is readable now, and how the rest comes.
+
+    With `table` None every expert is placed for good: the store's tensors are the slots.
+    """
+
+    def __init__(
+        self,
+        model: ModelRuntime,
+        index: int,
+        module: nn.Module,
+        layout: ExpertLayout,
+        table: SlotTable | None,
+    ) -> None:
+        self.model = model
+        self.index = index
+        self.layout = layout
+        self.table = table
+        self.kernels = model.backend.layer(module, layout, model.store.specs[index])
+        self.uses = [0] * layout.experts
+        self.resident = False
+        self._bound = table is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerRuntime:
+        return copy.deepcopy(self.model, memo).layers[self.index]
+
+    def bind(self, module: nn.Module) -> None:
+        """Place the experts of a layer whose parameters are its slots, unless that has been done."""
+        if self._bound:
+            return
+        for expert in range(self.layout.experts):
+            cut = {n: self.layout.cut(module.get_parameter(n).detach(), expert) for n in self.layout.names}
+            self.kernels.place(expert, cut)
+        self._bound = self.resident = True
+
+    def unbind(self) -> None:
+        """The parameters are about to change: look at them again before the next call."""
+        self._bound = self.table is not None
+
+    def enter(self) -> None:
+        self.model.counters.enter(self.index)
+
+    def leave(self, tokens: int) -> None:
+        if self.index == len(self.model.layers) - 1:
+            self.model.counters.leave(tokens)
+
+    def stack(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the layer's stacked parameters, read back from the store."""
+        stacked = {
+            name: torch.zeros(module.get_parameter(name).shape, dtype=module.get_parameter(name).dtype)
+            for name in self.layout.names
+        }
+        for expert in range(self.layout.experts):
+            for name, tensor in self.model.store.load(ExpertKey(self.index, expert)).items():
+                self.layout.cut(stacked[name], expert).copy_(tensor)
+        return stacked
+
+    def run(self, call: Call) -> Tensor:
+        """Compute one call whose rows are grouped: resident experts first, the others as they arrive."""
+        kernels = self.kernels
+        for expert in call.experts:
+            self.uses[expert] += 1
+        if self.resident:
+            self.model.counters.hits += len(call.experts)
+            kernels.up(call, None)
+            kernels.activate(call)
+            kernels.down(call, None)
+            return kernels.combine(call)
+        fills = Fills(self, call.experts)
+        try:
+            for wave in fills.up():
+                kernels.up(call, wave)
+            kernels.activate(call)
+            for wave in fills.down():
+                kernels.down(call, wave)
+        finally:
+            fills.close()
+        return kernels.combine(call)
+
+    def check_resident(self) -> None:
+        """Note when every expert has a slot of its own: from then on nothing can leave."""
+        table = self.table
+        if table is not None and len(table) >= self.layout.experts and not self.model.budget.shared:
+            self.resident = all(table.is_ready(ExpertKey(self.index, expert)) for expert in range(self.layout.experts))
+
+
+class Fills:
+    """The experts of one call, as waves in the order they can be computed.
+
+    Resident experts are leased, missing ones take free or unleased slots and stay. Where there are more
+    missing experts than slots, the last of them pass through a few slots twice: first their up projection,
+    then their down projection, so that every byte is still read once.
+    """
+
+    def __init__(self, layer: LayerRuntime, experts: Sequence[int]) -> None:
+        assert layer.table is not None
+        self._layer = layer
+        self._table = table = layer.table
+        self._model = layer.model
+        self._leased: list[ExpertKey] = []
+        self._pending: dict[ExpertKey, Transfer] = {}
+        self._model.reap()
+        keys = [ExpertKey(layer.index, expert) for expert in experts]
+        self._resident = [key for key in keys if table.is_ready(key)]
+        missing = [key for key in keys if not table.is_ready(key)]
+        self._model.counters.hits += len(self._resident)
+        self._model.counters.misses += len(missing)
+        for key in self._resident:
+            table.lease(key)
+            self._leased.append(key)
+        kept = table.available()
+        if kept < len(missing):
+            self._buffers = min(STREAM_BUFFERS, len(table), kept + len(self._resident))
+            while kept < self._buffers:
+                # Resident experts fill every slot: some of them must pass through as well.
+                key = self._resident.pop()
+                self._leased.remove(key)
+                table.release(key)
+                missing.append(key)
+                kept += 1
+            kept -= self._buffers
+        self._missing, self._streamed = missing[:kept], missing[kept:]
+
+    def up(self) -> Iterator[list[int]]:
+        for key in self._missing:
+            self._submit(key, Part.WHOLE)
+        stream = self._stream(Part.UP)
+        yield from self._now(self._resident)
+        for key in self._missing:
+            self._wait(key)
+            self._table.filled(key)
+            self._leased.append(key)
+            yield [key.expert]
+        yield from stream
+
+    def down(self) -> Iterator[list[int]]:
+        stream = self._stream(Part.DOWN)
+        yield from self._now(self._resident + self._missing)
+        yield from stream
+
+    @staticmethod
+    def _now(keys: Sequence[ExpertKey]) -> Iterator[list[int]]:
+        if keys:
+            yield [key.expert for key in keys]
+
+    def _stream(self, part: Part) -> Iterator[list[int]]:
+        """Submit as many as there are buffers at once, and return the waves that follow."""
+        waiting = list(reversed(self._streamed))
+        running = [waiting.pop() for _ in range(min(self._buffers, len(waiting)))] if waiting else []
+        for key in running:
+            self._submit(key, part)
+        return self._pass_through(running, waiting, part)
+
+    def _pass_through(self, running: list[ExpertKey], waiting: list[ExpertKey], part: Part) -> Iterator[list[int]]:
+        while running:
+            key = running.pop(0)
+            self._wait(key)
+            yield [key.expert]
+            self._layer.kernels.remove(key.expert)
+            self._table.drop(key)
+            if waiting:
+                running.append(waiting.pop())
+                self._submit(running[-1], part)
+
+    def _submit(self, key: ExpertKey, part: Part) -> None:
+        if self._table.is_ready(key):
+            # A resident expert that has to pass through: its slot is one of the buffers now.
+            self._model.evict(key, self._table)
+        slot, evicted = self._table.admit(key)
+        if evicted is not None:
+            self._model.layers[evicted.layer].kernels.remove(evicted.expert)
+            self._model.counters.evictions += 1
+        transfer = Transfer(key=key, part=part, slot=slot)
+        self._pending[key] = transfer
+        self._model.open_link().submit(transfer)
+
+    def _wait(self, key: ExpertKey) -> None:
+        began = time.perf_counter()
+        tensors = self._model.open_link().wait(self._pending[key])
+        self._model.counters.stall_seconds += time.perf_counter() - began
+        del self._pending[key]
+        self._layer.kernels.place(key.expert, tensors)
+
+    def close(self) -> None:
+        """Give all leases back. After an error: take out what is not whole, once nothing of it is in flight."""
+        for key, transfer in self._pending.items():
+            self._model.abandon(key, transfer, self._table)
+        self._pending.clear()
+        for key in self._leased:
+            self._table.release(key)
+        self._leased.clear()
+        for key in self._streamed:
+            if self._table.slot_of(key) is not None and not self._model.is_abandoned(key):
+                self._layer.kernels.remove(key.expert)
+                self._table.drop(key)
+        self._layer.check_resident()
+
+
+class ModelRuntime:
+    """Everything a patched model owns beside its modules. Made by `patch`, ended by `close`."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        budget: Budget,
+        modules: Sequence[nn.Module],
+        layouts: Sequence[ExpertLayout],
+        popularity: Popularity,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.budget = budget
+        self.backend = TorchBackend()
+        self.counters = Counters()
+        self.popularity = popularity
+        self.originals: list[dict[str, nn.Parameter]] = []
+        self._modules = tuple(modules)
+        self._lock = threading.Lock()
+        self._abandoned: dict[ExpertKey, tuple[Transfer, SlotTable]] = {}
+        self.link: Link | None = None
+        tables: Sequence[SlotTable | None] = [None] * len(layouts)
+        if isinstance(store, CheckpointStore):
+            tables, self.link = self._open_slots(store)
+        self.layers = [
+            LayerRuntime(self, index, module, layout, table)
+            for index, (module, layout, table) in enumerate(zip(modules, layouts, tables, strict=True))
+        ]
+        if self.link is not None and config.warm:
+            self.warm()
+
+    def _open_slots(self, store: CheckpointStore) -> tuple[list[SlotTable], Link]:
+        """Take memory for the slots, share it out, and start the link that fills them."""
+        budget, specs = self.budget, store.specs
+        memories: dict[Any, SlotMemory] = {}
+        for spec in dict.fromkeys(specs):
+            layers = [i for i, other in enumerate(specs) if other == spec]
+            memories[spec] = SlotMemory(
+                sum(budget.slots_of_layer[i] for i in layers), max(budget.slot_bytes[i] for i in layers)
+            )
+        firsts = dict.fromkeys(memories, 0)
+        tables: list[SlotTable] = []
+        shared: dict[Any, SlotTable] = {}
+        for spec, slots in zip(specs, budget.slots_of_layer, strict=True):
+            if budget.shared:
+                if spec not in shared:
+                    shared[spec] = SlotTable(range(memories[spec].slots), self._policy())
+                tables.append(shared[spec])
+            else:
+                first = firsts[spec]
+                tables.append(SlotTable(range(first, first + slots), self._policy()))
+                firsts[spec] = first + slots
+        link = DiskLink(
+            store,
+            [memories[spec] for spec in specs],
+            direct=direct_io(self.config, store, budget),
+            depth=self.config.depth,
+            chunk_bytes=self.config.chunk_bytes,
+            timeout=self.config.io_timeout,
+        )
+        return tables, link
+
+    def _policy(self) -> Policy:
+        return make_policy(self.config.policy, self.popularity)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelRuntime:
+        """Make an independent runtime over the same store, for the copies of the same modules."""
+        if self.budget.nbytes:
+            self.check_room("a copy of the model, with slots of its own,", self.budget.nbytes)
+        twin = object.__new__(ModelRuntime)
+        memo[id(self)] = twin
+        modules = [copy.deepcopy(module, memo) for module in self._modules]
+        layouts = [layer.layout for layer in self.layers]
+        store = self.store if self.link is not None else HostStore(modules, layouts)
+        twin.__init__(self.config, store, self.budget, modules, layouts, self.popularity)  # type: ignore[misc]
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise PromoeError("a patched model cannot be pickled; use save_pretrained, or unpatch it first")
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts of the model."""
+        return sum(
+            spec.nbytes * layer.layout.experts for spec, layer in zip(self.store.specs, self.layers, strict=True)
+        )
+
+    def check_room(self, purpose: str, nbytes: int | None = None) -> None:
+        """Raise PromoeError unless `nbytes` (default: all experts) fit in the memory that is free."""
+        needed = self.expert_bytes if nbytes is None else nbytes
+        free = available_memory()
+        if needed > free:
+            raise PromoeError(f"{purpose} needs {format_size(needed)} of memory, but only {format_size(free)} are free")
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let one forward in at a time; raise PromoeError when another stays inside too long."""
+        if not self._lock.acquire(timeout=self.config.lock_timeout):
+            raise PromoeError(
+                f"waited {self.config.lock_timeout:g} s for another thread's forward through this model; "
+                "raise lock_timeout, or patch a copy of the model per thread"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def open_link(self) -> Link:
+        if self.link is None:
+            raise PromoeError("this model's slots were closed by unpatch; patch it again")
+        return self.link
+
+    def evict(self, key: ExpertKey, table: SlotTable) -> None:
+        table.drop(key)
+        self.layers[key.layer].kernels.remove(key.expert)
+
+    def abandon(self, key: ExpertKey, transfer: Transfer, table: SlotTable) -> None:
+        """Take a transfer back; its slot stays occupied until nothing is in flight."""
+        if self.link is None or self.link.cancel(transfer):
+            table.drop(key)
+        else:
+            self._abandoned[key] = (transfer, table)
+
+    def is_abandoned(self, key: ExpertKey) -> bool:
+        return key in self._abandoned
+
+    def reap(self) -> None:
+        """Free the slots of abandoned transfers that have settled, waiting a bounded time for the others."""
+        deadline = time.monotonic() + self.config.io_timeout
+        while self._abandoned:
+            for key, (transfer, table) in list(self._abandoned.items()):
+                if self.open_link().cancel(transfer):
+                    table.drop(key)
+                    del self._abandoned[key]
+            if self._abandoned and time.monotonic() > deadline:
+                raise PromoeError(
+                    f"{len(self._abandoned)} interrupted reads have not ended in {self.config.io_timeout:g} s; "
+                    "the disk does not answer"
+                )
+            if self._abandoned:
+                time.sleep(0.001)
+
+    def warm(self) -> None:
+        """Fill every slot, with the most popular experts where that is known, in the order of the store."""
+        popularity = self.popularity
+        tables: dict[int, tuple[SlotTable, list[ExpertKey]]] = {}
+        for layer in self.layers:
+            if layer.table is not None:
+                keys = [ExpertKey(layer.index, expert) for expert in range(layer.layout.experts)]
+                tables.setdefault(id(layer.table), (layer.table, []))[1].extend(keys)
+        chosen: list[tuple[ExpertKey, SlotTable]] = []
+        for table, keys in tables.values():
+            ranked = sorted(keys, key=lambda key: (-popularity.get(key, 0.0), key.expert, key.layer))
+            chosen += [(key, table) for key in sorted(ranked[: len(table)])]
+        chosen.sort(key=lambda item: item[0])
+        link = self.open_link()
+        running: list[tuple[ExpertKey, SlotTable, Transfer]] = []
+        progress = transformers_logging.tqdm(total=len(chosen), desc="Filling slots", leave=False)
+        try:
+            for key, table in chosen:
+                slot, _ = table.admit(key)
+                transfer = Transfer(key=key, part=Part.WHOLE, slot=slot)
+                running.append((key, table, transfer))
+                link.submit(transfer)
+                if len(running) > 2 * self.config.depth:
+                    self._settle(*running[0])
+                    running.pop(0)
+                    progress.update(1)
+            while running:
+                self._settle(*running[0])
+                running.pop(0)
+                progress.update(1)
+        finally:
+            progress.close()
+            for key, table, transfer in running:
+                self.abandon(key, transfer, table)
+        for layer in self.layers:
+            layer.check_resident()
+
+    def _settle(self, key: ExpertKey, table: SlotTable, transfer: Transfer) -> None:
+        tensors = self.open_link().wait(transfer)
+        self.layers[key.layer].kernels.place(key.expert, tensors)
+        table.filled(key)
+        table.release(key)
+
+    def stats(self) -> Stats:
+        counters = self.counters
+        return Stats(
+            experts=sum(layer.layout.experts for layer in self.layers),
+            slots=self.budget.slots,
+            slot_bytes=self.budget.nbytes,
+            store=self.store.describe(),
+            hits=counters.hits,
+            misses=counters.misses,
+            evictions=counters.evictions,
+            bytes_read=self.link.bytes_moved if self.link else 0,
+            stall_seconds=counters.stall_seconds,
+            prefills=counters.prefills,
+            decodes=counters.decodes,
+            ttft_seconds=counters.ttft_seconds,
+            tpot_seconds=counters.tpot_seconds,
+        )
+
+    def close(self) -> None:
+        """Stop the link. Idempotent."""
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+
+
+def direct_io(config: Config, store: CheckpointStore, budget: Budget) -> bool:
+    """Whether to read past the page cache: not where all experts fit in memory beside the slots."""
+    if config.io == "auto":
+        size = sum(file.stat().st_size for file in store.files)
+        return size + budget.nbytes > available_memory()
+    return config.io == "direct"

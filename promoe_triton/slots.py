@@ -1,0 +1,105 @@
+"""Bookkeeping of slots: which expert is where, what is leased, who leaves next. No memory, no copies.
+
+Pure and deterministic: the same calls give the same slots, so that a real link, a simulator and a property
+test drive one and the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from promoe_triton.protocols import ExpertKey, Policy
+
+
+class SlotTable:
+    """The slots of one partition, a layer's own or one shared by several.
+
+    An expert is absent, filling (its slot is taken, its bytes are not there yet) or ready. Filling experts are
+    always leased; ready ones may be.
+    """
+
+    def __init__(self, slots: Iterable[int], policy: Policy) -> None:
+        self._all = tuple(slots)
+        if not self._all:
+            raise ValueError("a slot table needs at least one slot")
+        self._free = list(reversed(self._all))
+        self._policy = policy
+        self._slot_of: dict[ExpertKey, int] = {}
+        self._filling: set[ExpertKey] = set()
+        self._leases: dict[ExpertKey, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def slot_of(self, key: ExpertKey) -> int | None:
+        return self._slot_of.get(key)
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        return key in self._slot_of and key not in self._filling
+
+    def ready(self) -> list[ExpertKey]:
+        return [key for key in self._slot_of if key not in self._filling]
+
+    def available(self) -> int:
+        """Slots that `admit` could give out now: free ones and those of experts nobody leases."""
+        return len(self._free) + len(self._slot_of) - len(self._leases)
+
+    def lease(self, key: ExpertKey) -> None:
+        """Promise not to evict a ready expert until as many `release` calls have come."""
+        if not self.is_ready(key):
+            raise ValueError(f"{key} is not ready and cannot be leased")
+        self._leases[key] = self._leases.get(key, 0) + 1
+        self._policy.used(key)
+
+    def release(self, key: ExpertKey) -> None:
+        """Give one lease back."""
+        if key in self._filling or key not in self._leases:
+            raise ValueError(f"{key} has no lease to release")
+        if self._leases[key] == 1:
+            del self._leases[key]
+        else:
+            self._leases[key] -= 1
+
+    def admit(self, key: ExpertKey) -> tuple[int, ExpertKey | None]:
+        """Take a slot for an absent expert and lease it; return the slot and the expert that had to leave.
+
+        `available` must not be 0.
+        """
+        if key in self._slot_of:
+            raise ValueError(f"{key} already has slot {self._slot_of[key]}")
+        evicted = None
+        if not self._free:
+            evicted = self._policy.victim(self._leases.keys())
+            if evicted is None:
+                raise ValueError(f"no slot for {key}: all {len(self._all)} are leased")
+            self._vacate(evicted)
+        slot = self._free.pop()
+        self._slot_of[key] = slot
+        self._filling.add(key)
+        self._leases[key] = 1
+        self._policy.admitted(key)
+        return slot, evicted
+
+    def filled(self, key: ExpertKey) -> None:
+        """The bytes of a filling expert have landed: it is ready, and still leased by who admitted it."""
+        self._filling.remove(key)
+
+    def drop(self, key: ExpertKey) -> None:
+        """Take an expert out whatever its state, leases included. Nothing may be in flight for its slot."""
+        self._filling.discard(key)
+        self._leases.pop(key, None)
+        self._vacate(key)
+
+    def _vacate(self, key: ExpertKey) -> None:
+        self._free.append(self._slot_of.pop(key))
+        self._policy.evicted(key)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the table keeps its promises."""
+        taken = list(self._slot_of.values())
+        assert sorted(taken + self._free) == sorted(self._all), "each slot holds one expert or is free"
+        assert self._filling <= self._slot_of.keys(), "what is filling has a slot"
+        assert self._leases.keys() <= self._slot_of.keys(), "what is leased has a slot"
+        assert self._filling <= self._leases.keys(), "what is filling is leased"
+        assert all(count > 0 for count in self._leases.values()), "no lease count below one is kept"
+        assert 0 <= self.available() <= len(self._all)

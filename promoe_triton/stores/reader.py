@@ -1,0 +1,109 @@
+"""Reads from files by `preadv`, past the page cache or through it. Releases the interpreter while it reads."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from promoe_triton.errors import PromoeError
+from promoe_triton.memory import PAGE, round_up
+from promoe_triton.stores.safetensors_files import Unchanged
+
+logger = logging.getLogger(__name__)
+
+
+class FileReader:
+    """Open handles of a store's files. Any number of threads may read at once."""
+
+    def __init__(self, unchanged: Unchanged, direct: bool) -> None:
+        self.direct = direct
+        self._unchanged = unchanged
+        self._handles: dict[Path, int] = {}
+        self._stale: list[int] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check(self, file: Path) -> None:
+        """Raise PromoeError unless `file` is still the one that was indexed."""
+        if not self._unchanged.check(file):
+            with self._lock:
+                if file in self._handles:
+                    # Another thread may be reading from it: it is closed with the rest.
+                    self._stale.append(self._handles.pop(file))
+
+    def _open(self, file: Path) -> int:
+        with self._lock:
+            handle = self._handles.get(file)
+            if handle is None:
+                handle = self._handles[file] = self._open_anew(file)
+            return handle
+
+    def _open_anew(self, file: Path) -> int:
+        if self.direct:
+            try:
+                return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise PromoeError(f"cannot open {file}: {error.strerror}") from error
+                logger.warning("%s is on a file system without direct reads; reading it buffered", file)
+        try:
+            return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise PromoeError(f"cannot open {file}: {error.strerror}") from error
+
+    def read(self, file: Path, offset: int, nbytes: int, buffer: memoryview, start: int) -> int:
+        """Read a range of any alignment into `buffer` from `start` on; return where its first byte lies.
+
+        Direct reads take the pages around it too: the buffer needs room for one page before and after.
+        """
+        if not self.direct:
+            self.read_into(file, offset, nbytes, buffer, start)
+            return start
+        phase = offset % PAGE
+        start = round_up(start)
+        self.read_into(file, offset - phase, round_up(phase + nbytes), buffer, start, needed=phase + nbytes)
+        return start + phase
+
+    def read_into(
+        self, file: Path, offset: int, nbytes: int, buffer: memoryview, start: int, needed: int | None = None
+    ) -> None:
+        """Read `nbytes` at `offset` to `buffer[start:]`; the file may end after `needed` of them.
+
+        Direct readers need all four numbers to be multiples of the page. Raises PromoeError, naming the file
+        and the offset, on an I/O error and where the file ends too early.
+        """
+        needed = nbytes if needed is None else needed
+        handle = self._open(file)
+        done = 0
+        while done < needed:
+            view = buffer[start + done : start + nbytes]
+            try:
+                count = os.preadv(handle, [view], offset + done)
+            except OSError as error:
+                raise PromoeError(f"reading {file} at offset {offset + done}: {error.strerror}") from error
+            if self.direct and done + count < needed:
+                count -= count % PAGE  # what follows must start on a page again
+            if count == 0:
+                raise PromoeError(
+                    f"{file} ends at offset {offset + done}, {needed - done} bytes before the expert does: "
+                    "it is truncated; restore the file and call again"
+                )
+            done += count
+
+    def close(self) -> None:
+        with self._lock:
+            handles = [*self._handles.values(), *self._stale]
+            self._handles, self._stale = {}, []
+        for handle in handles:
+            os.close(handle)

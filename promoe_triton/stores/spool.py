@@ -1,0 +1,97 @@
+"""A temporary copy of loaded experts on disk, in the form of a stacked safetensors checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from promoe_triton.config import format_size
+from promoe_triton.errors import PromoeError
+from promoe_triton.layout import ExpertLayout
+from promoe_triton.memory import PAGE, round_up
+from promoe_triton.stores.checkpoint import CheckpointStore
+from promoe_triton.stores.conversion import ParameterSource
+from promoe_triton.stores.safetensors_files import DTYPES, read_header
+
+logger = logging.getLogger(__name__)
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def spool(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout], folder: Path | str | None) -> CheckpointStore:
+    """Write the experts of loaded modules to a temporary folder, one file for each layer.
+
+    The folder's name and size are logged; it is removed with the last reference to the store, or at exit.
+    Raises PromoeError, with the size needed, where the disk is too full.
+    """
+    parameters = [
+        {name: module.get_parameter(name).detach() for name in layout.names}
+        for module, layout in zip(modules, layouts, strict=True)
+    ]
+    needed = sum(round_up(t.nbytes) for layer in parameters for t in layer.values())
+    parent = Path(folder) if folder else Path(tempfile.gettempdir())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise PromoeError(
+            f"the spool needs {format_size(needed)}, but {parent} has {format_size(free)} free; name another "
+            "folder with spool_dir="
+        )
+    place = Path(tempfile.mkdtemp(prefix="promoe-spool-", dir=parent))
+    try:
+        progress = transformers_logging.tqdm(list(enumerate(parameters)), desc="Spooling experts", leave=False)
+        files = [place / f"layer-{index:03d}.safetensors" for index in range(len(parameters))]
+        for index, tensors in progress:
+            _write(files[index], tensors)
+        sources = [
+            _sources(file, tensors, layout) for file, tensors, layout in zip(files, parameters, layouts, strict=True)
+        ]
+        specs = [layout.spec(module) for module, layout in zip(modules, layouts, strict=True)]
+        store = CheckpointStore(specs, sources, f"spool {place} ({format_size(needed)})")
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    weakref.finalize(store, shutil.rmtree, place, ignore_errors=True)
+    logger.warning("the experts now rest in %s (%s); it is removed at exit", place, format_size(needed))
+    return store
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whose data begin at a page, so that direct reads need no copies."""
+    entries, offset = {}, 0
+    for name, tensor in tensors.items():
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header = header.ljust(round_up(len(header) + 8, PAGE) - 8)
+    with file.open("wb") as handle:
+        handle.write(len(header).to_bytes(8, "little"))
+        handle.write(header)
+        for tensor in tensors.values():
+            handle.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _sources(file: Path, tensors: Mapping[str, Tensor], layout: ExpertLayout) -> dict[str, ParameterSource]:
+    refs = read_header(file)
+    return {
+        name: ParameterSource(
+            parameter=name,
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            experts=layout.stacked(tensor),
+            refs={name: [refs[name]]},
+        )
+        for name, tensor in tensors.items()
+    }
