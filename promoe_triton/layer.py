@@ -87,14 +87,15 @@ class ProMoEExperts(nn.Module):
                 )
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write the true weights, whatever is in slots: they are read back from the store."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return the true weights, whatever is in slots: they are read back from the store."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         layer = self._promoe
         if layer.table is not None:
             layer.model.check_room(f"the state dict of {format_size(layer.model.expert_bytes)} of experts")
             for name, tensor in layer.stack(self).items():
-                destination[prefix + name] = tensor
+                state[prefix + name] = tensor
+        return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self._promoe.table is not None and any(key.startswith(prefix) for key in state_dict):

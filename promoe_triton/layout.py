@@ -22,6 +22,7 @@ class ExpertLayout:
     activation: path of the activation function, for experts without an `_apply_gate` of their own.
     by_expert: rounding as in a loop over experts (activation per expert, `index_add_` in expert order) instead
         of as in transformers' grouped_mm (activation over all rows, one sum over A).
+    single: products, sums and activation in single precision, whatever the weights' dtype (`by_expert` only).
     identities: ids from E up to E + identities pass their token through unchanged.
     """
 
@@ -33,6 +34,7 @@ class ExpertLayout:
     transposed: tuple[str, ...] = ()
     activation: str = "act_fn"
     by_expert: bool = False
+    single: bool = False
     identities: int = 0
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from promoe_triton.budget import available_memory
 from promoe_triton.config import Config
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
+from promoe_triton.patch._families import describe
 from promoe_triton.patch._swap import (
     RESERVE,
     check_patchable,
@@ -28,6 +30,8 @@ from promoe_triton.patch._swap import (
     plan,
 )
 from promoe_triton.stores.resolve import resolve_files
+
+logger = logging.getLogger(__name__)
 
 _FILE_OPTIONS = (
     "cache_dir",
@@ -63,13 +67,18 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
     if config.slots is None and _everything_fits(skeleton, found):
         model = type(skeleton).from_pretrained(name, **options)
         return patch(model.eval(), config)
+    try:
+        checkpoint_store(skeleton, found, files, options.get("key_mapping"))
+    except PromoeError as reason:
+        logger.warning("loading the whole model, because its experts cannot be read one at a time: %s", reason)
+        return patch(type(skeleton).from_pretrained(name, **options).eval(), replace(config, store="spool"))
     with _without_experts(skeleton, found):
         model = type(skeleton).from_pretrained(name, **options)
     model.eval()
     for path in found:
         stub = model.get_submodule(path)
         owner, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, stub.original.eval())
+        setattr(model.get_submodule(owner), leaf, stub.restore())
     check_patchable(model, resting=True)
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
@@ -105,7 +114,12 @@ def _room_for_context(model: PreTrainedModel) -> int:
     configuration = model.config.get_text_config()
 
     def number(*names: str) -> int:
-        return next((int(n) for name in names if isinstance(n := getattr(configuration, name, None), int)), 0)
+        for name in names:
+            # A configuration that differs by layer may refuse to name one value for all.
+            with contextlib.suppress(Exception):
+                if isinstance(value := getattr(configuration, name, None), int):
+                    return value
+        return 0
 
     layers, length = number("num_hidden_layers"), number("max_position_embeddings")
     queries = number("num_attention_heads")
@@ -121,7 +135,9 @@ def _without_experts(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout
     Their weights then are keys that no parameter asks for, and are never read.
     """
     originals = {type(skeleton.get_submodule(path)) for path in found}
-    ours = {original.__name__: _stub_class(original) for original in originals}
+    ours = {
+        original.__name__: type(f"{original.__name__}Stub", (_Stub,), {"_replaces": original}) for original in originals
+    }
     theirs = monkey_patching.get_patch_mapping()
     places = [
         (module, attribute)
@@ -148,15 +164,39 @@ def _transformers_modules() -> list[Any]:
     return [module for name, module in list(sys.modules.items()) if name.startswith("transformers")]
 
 
-def _stub_class(original: type[nn.Module]) -> type[nn.Module]:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        nn.Module.__init__(self)
+class _Stub(nn.Module):
+    """Takes the place of an experts module while the model is loaded: all of it but the experts' weights."""
+
+    original: nn.Module
+    _replaces: type[nn.Module]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
         self._is_hf_initialized = True
         with torch.device("meta"):
-            # Kept out of the module tree: it has the shapes of the weights, and takes the stub's place later.
-            object.__setattr__(self, "original", original(*args, **kwargs))
+            original = self._replaces(*args, **kwargs)
+        # Kept out of the module tree: it has the shapes of the weights, and takes the stub's place later.
+        object.__setattr__(self, "original", original)
+        layout = describe(original)
+        assert layout is not None
+        for name, parameter in original.named_parameters(recurse=False):
+            if name not in layout.names:
+                self._parameters[name] = parameter
+        for name, child in original.named_children():
+            if not any(path.startswith(f"{name}.") for path in layout.names):
+                self._modules[name] = child
 
-    return type(f"{original.__name__}Stub", (nn.Module,), {"__init__": __init__})
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
+
+    def restore(self) -> nn.Module:
+        """Return the original, with what was loaded beside the experts' weights."""
+        self.original._parameters.update(self._parameters)
+        self.original._modules.update(self._modules)
+        return self.original.eval()
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class LayerRuntime:
             name: torch.zeros(module.get_parameter(name).shape, dtype=module.get_parameter(name).dtype)
             for name in self.layout.names
         }
-        for expert in range(self.layout.experts):
+        for expert in range(max(self.layout.stacked(tensor) for tensor in stacked.values())):
             for name, tensor in self.model.store.load(ExpertKey(self.index, expert)).items():
                 self.layout.cut(stacked[name], expert).copy_(tensor)
         return stacked
@@ -180,7 +180,8 @@ class Fills:
 
     def _stream(self, part: Part) -> Iterator[list[int]]:
         """Submit as many as there are buffers at once, and return the waves that follow."""
-        waiting = list(reversed(self._streamed))
+        has_part = self._model.store.specs[self._layer.index].names(part)
+        waiting = list(reversed(self._streamed)) if has_part else []
         running = [waiting.pop() for _ in range(min(self._buffers, len(waiting)))] if waiting else []
         for key in running:
             self._submit(key, part)
@@ -437,10 +438,11 @@ class ModelRuntime:
         )
 
     def close(self) -> None:
-        """Stop the link. Idempotent."""
+        """Stop the link and let go of layers and slots. Idempotent."""
         if self.link is not None:
             self.link.close()
             self.link = None
+        self.layers = []
 
 
 def direct_io(config: Config, store: CheckpointStore, budget: Budget) -> bool:

@@ -197,7 +197,7 @@ class ByExpert(_Placed):
     def up(self, call: Groups, experts: Sequence[int] | None) -> None:
         for e in call.experts if experts is None else experts:
             x = call.states[e]
-            call.states[e] = [_linear(x, self.tensors[name][e]) for name in self.layout.up]
+            call.states[e] = [self._linear(x, name, self.layout.up_bias, e) for name in self.layout.up]
 
     def activate(self, call: Groups) -> None:
         for e in call.experts:
@@ -217,18 +217,24 @@ class ByExpert(_Placed):
     def down(self, call: Groups, experts: Sequence[int] | None) -> None:
         for e in call.experts if experts is None else experts:
             for name in self.layout.down:
-                call.states[e] = _linear(call.states[e], self.tensors[name][e])
+                call.states[e] = self._linear(call.states[e], name, self.layout.down_bias, e)
 
     def combine(self, call: Groups) -> Tensor:
-        out_TD = call.x_TD.new_zeros((call.x_TD.shape[0], self.D))
+        dtype = torch.float32 if self.layout.single else call.x_TD.dtype
+        out_TD = call.x_TD.new_zeros((call.x_TD.shape[0], self.D), dtype=dtype)
         for e, tokens in call.rows.items():
             y = call.states[e] * call.weights[e].unsqueeze(-1)
-            out_TD.index_add_(0, tokens, y.to(out_TD.dtype))
-        return out_TD
+            out_TD.index_add_(0, tokens, y.to(dtype))
+        return out_TD.to(call.x_TD.dtype)
 
-
-def _linear(x: Tensor, weight_KN: Tensor) -> Tensor:
-    return F.linear(x, weight_KN.t())
+    def _linear(self, x: Tensor, weight: str, bias: str | None, expert: int) -> Tensor:
+        weight_NK = self.tensors[weight][expert].t()
+        bias_N = self.tensors[bias][expert] if bias else None
+        if self.layout.single:
+            x, weight_NK = x.float(), weight_NK.float()
+            bias_N = None if bias_N is None else bias_N.float()
+        y = F.linear(x, weight_NK)
+        return y if bias_N is None else y + bias_N
 
 
 def _group(sorted_ids_R: Tensor, order_R: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:

@@ -56,7 +56,10 @@ def _marked(module: Any) -> ExpertLayout:
             "model without a distributed config"
         )
     up = "gate_up_proj" if module.has_gate else "up_proj"
+    by_loop = module.config._experts_implementation == "eager" and type(module).__name__ in _LOOPS_IN_SINGLE
     return ExpertLayout(
+        by_expert=by_loop,
+        single=by_loop,
         experts=module.num_experts,
         up=(up,),
         down=("down_proj",),
@@ -105,6 +108,9 @@ def _dbrx(module: Any) -> ExpertLayout:
 def _jetmoe(module: Any) -> ExpertLayout:
     return ExpertLayout(experts=module.num_experts, up=("weight",), by_expert=True)
 
+
+# Families that transformers runs as a loop over experts by default, in single precision.
+_LOOPS_IN_SINGLE = ("OpenAIPrivacyFilterExperts",)
 
 _UNMARKED: dict[str, Callable[[Any], ExpertLayout]] = {
     "Step3p7Experts": _step3p7,

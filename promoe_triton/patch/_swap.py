@@ -186,9 +186,9 @@ def install(
     popularity = load_profile(config.profile, layouts) if config.profile else {}
     resting = isinstance(store, CheckpointStore)
     runtime = ModelRuntime(config, store, budget, modules, layouts, popularity)
-    for module, layout, layer in zip(modules, layouts, runtime.layers, strict=True):
-        if resting:
-            runtime.originals.append(_empty(module, layout))
+    if resting:
+        runtime.originals = _empty(modules, layouts)
+    for module, layer in zip(modules, runtime.layers, strict=True):
         module._promoe = layer  # type: ignore[assignment]
         module.__class__ = patched_class(type(module))  # type: ignore[arg-type]
         module.register_buffer("_promoe_name", ops.register(module), persistent=False)
@@ -196,19 +196,28 @@ def install(
     model.__class__ = _model_class(type(model))  # type: ignore[arg-type]
 
 
-def _empty(module: nn.Module, layout: ExpertLayout) -> dict[str, nn.Parameter]:
-    """Leave parameters that have a shape and no weights; return the originals, their memory given back."""
-    originals = {}
-    for name in layout.names:
-        owner, leaf = _owner(module, name)
-        original = owner._parameters[leaf]
-        assert original is not None
-        originals[name] = original
-        shape, dtype = original.shape, original.dtype
-        meta = torch.empty(shape, dtype=dtype, device="meta")
-        owner._parameters[leaf] = nn.Parameter(meta, requires_grad=original.requires_grad)
-        if original.device.type == "cpu":
-            original.data = torch.empty(0, dtype=dtype)
+def _empty(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> list[dict[str, nn.Parameter]]:
+    """Leave parameters that have a shape and no weights; return the originals, their memory given back.
+
+    Modules that shared a parameter share what takes its place.
+    """
+    originals = [
+        {name: module.get_parameter(name) for name in layout.names}
+        for module, layout in zip(modules, layouts, strict=True)
+    ]
+    hollow = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=p.requires_grad)
+        for layer in originals
+        for p in layer.values()
+    }
+    for module, layer in zip(modules, originals, strict=True):
+        for name, original in layer.items():
+            owner, leaf = _owner(module, name)
+            owner._parameters[leaf] = hollow[id(original)]
+    for layer in originals:
+        for original in layer.values():
+            if original.device.type == "cpu":
+                original.data = torch.empty(0, dtype=original.dtype)
     return originals
 
 

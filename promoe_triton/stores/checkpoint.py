@@ -62,6 +62,7 @@ class CheckpointStore:
             if staged
             else self._sources[key.layer][tensor.name].pieces(key.expert)
             for tensor in spec.tensors
+            if key.expert < self._sources[key.layer][tensor.name].experts
         }
         return slot_image(spec, pieces, direct and not staged)
 

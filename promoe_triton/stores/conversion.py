@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import conversion_mapping, core_model_loading
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -37,7 +37,7 @@ class ParameterSource:
     experts: int
     refs: Mapping[str, Sequence[TensorRef]]
     converter: Any = None
-    model: Any = None
+    config: Any = None
 
     @property
     def rows(self) -> int:
@@ -94,8 +94,8 @@ class ParameterSource:
         converter = copy.deepcopy(self.converter)
         for pattern, tensor in cast.items():
             converter.collected_tensors[pattern] = [tensor]
-        expected = _OneExpert(self.model, (self.rows, *self.shape[1:]))
-        results = converter.convert(self.parameter, model=expected, config=self.model.config)
+        expected = _OneExpert(self.config, (self.rows, *self.shape[1:]))
+        results = converter.convert(self.parameter, model=expected, config=self.config)
         result: list[Tensor] | Tensor = results[self.parameter]
         return result[0] if isinstance(result, list) else result
 
@@ -103,15 +103,12 @@ class ParameterSource:
 class _OneExpert:
     """Stands in for the model where a conversion asks for a parameter's shape: that of a single expert."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
-        self._model = model
+    def __init__(self, config: Any, shape: tuple[int, ...]) -> None:
+        self.config = config
         self._shape = shape
 
     def get_parameter(self, name: str) -> Tensor:
         return torch.empty(self._shape, device="meta")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 def map_parameters(
@@ -171,5 +168,5 @@ def _source(
         experts=experts,
         refs=refs,
         converter=converter,
-        model=model,
+        config=model.config,
     )

@@ -103,11 +103,13 @@ def merge(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def slot_image(spec: ExpertSpec, pieces: Mapping[str, Sequence[Piece]], direct: bool) -> SlotImage:
-    """Lay out one expert. `pieces` are the ranges of each tensor in the order of its bytes."""
+    """Lay out one expert. `pieces` are the ranges of each tensor, if it has any, in the order of its bytes."""
     place = _place_direct if direct else _place_buffered
     tensors: list[TensorImage] = []
     start = 0
     for tensor in spec.tensors:
+        if tensor.name not in pieces:
+            continue
         image = place(tensor, merge(pieces[tensor.name]), start)
         tensors.append(image)
         start = image.end
