@@ -18,12 +18,23 @@ TOKENS = 7
 NEW = 4
 REFUSED = ("switch_transformers", "nllb-moe", "doge", "vitpose")
 PATCHABLE = [name for name in FAMILIES if name not in REFUSED]
+# Where transformers itself cannot run the model, there is nothing to be equal to.
+STOCK_FAILS = {
+    ("qwen3_omni_moe_talker", "bf16"): "its router's product mixes fp32 and bf16",
+    ("qwen3_omni_moe_talker", "checkpoint"): "part of a composite: its config names no model type",
+}
+# Experts that no conversion rule yields one at a time: from_pretrained loads the model and spools them.
+LOADED_WHOLE = {
+    "ernie4_5_vl_moe": "text and vision experts share one numbering in the checkpoint",
+    "diffusion_gemma": "encoder and decoder share weights that the checkpoint holds once",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def outputs(family: Any, model: Any) -> list[Tensor]:
     """The logits of a prefill and of every decode step, or what the model gives where it does not generate."""
     inputs = family.inputs(model, TOKENS)
+    torch.manual_seed(1)  # diffusion_gemma draws noise in its forward
     with torch.no_grad():
         if family.generates:
             done = model.generate(
@@ -38,8 +49,7 @@ def count(model: Any) -> int:
     return sum(layout.experts for m in model.modules() if (layout := describe(m)) is not None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", PATCHABLE)
+@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n in PATCHABLE for d in DTYPES if (n, d) not in STOCK_FAILS])
 def test_bitwise(name: str, dtype: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     spool = tmp_path / "spool"
@@ -67,7 +77,7 @@ def test_bitwise(name: str, dtype: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("io", ["buffered", "direct"])
-@pytest.mark.parametrize("name", PATCHABLE)
+@pytest.mark.parametrize("name", [name for name in PATCHABLE if (name, "checkpoint") not in STOCK_FAILS])
 def test_from_checkpoint(name: str, io: Any, tmp_path: Path) -> None:
     family = FAMILIES[name]
     torch.manual_seed(0)
@@ -82,7 +92,7 @@ def test_from_checkpoint(name: str, io: Any, tmp_path: Path) -> None:
     patched: Any = promoe_triton.from_pretrained(tmp_path, slots=0.5, io=io)
     for got, want in zip(outputs(family, patched), expected, strict=True):
         assert torch.equal(got, want)
-    assert promoe_triton.stats(patched).store.startswith("checkpoint")
+    assert promoe_triton.stats(patched).store.startswith("spool" if name in LOADED_WHOLE else "checkpoint")
 
 
 @pytest.mark.parametrize("name", REFUSED)
