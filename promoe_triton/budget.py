@@ -47,11 +47,10 @@ def spread(count: int, needs: Sequence[LayerNeed]) -> tuple[int, ...]:
     left = min(count, sum(need.experts for need in needs))
     while left:
         open_layers = [i for i, need in enumerate(needs) if shares[i] < need.experts]
-        each, rest = divmod(left, len(open_layers))
-        for position, i in enumerate(open_layers):
-            more = min(each + (position < rest), needs[i].experts - shares[i])
-            shares[i] += more
-            left -= more
+        each = min(left // len(open_layers), min(needs[i].experts - shares[i] for i in open_layers))
+        for i in open_layers if each else open_layers[:left]:
+            shares[i] += each or 1
+            left -= each or 1
     return tuple(shares)
 
 
@@ -127,11 +126,9 @@ def available_memory() -> int:
     for limit, usage, stat in _control_groups():
         try:
             ceiling, used = int(limit.read_text()), int(usage.read_text())
-            cache = sum(
-                int(line.split()[1])
-                for line in stat.read_text().splitlines()
-                if line.split()[0] in ("inactive_file", "total_inactive_file")
-            )
+            counts = dict(line.split() for line in stat.read_text().splitlines() if line)
+            # Version 1 counts the groups below under a name of its own.
+            cache = int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
         except (OSError, ValueError):  # no limit: "max", or a group we cannot see
             continue
         available = min(available, max(ceiling - used + cache, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -94,12 +95,14 @@ class Config:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not isinstance(self.depth, int) or not isinstance(self.chunk, int | str):
+            raise TypeError(f"depth must be an int and chunk an int or str, got {self.depth!r} and {self.chunk!r}")
         if self.depth < 1:
             raise ValueError(f"depth must be at least 1 read in flight, got {self.depth}")
         if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
             raise ValueError(f"chunk must be a positive multiple of 4096 bytes, got {self.chunk!r}")
         for name in ("io_timeout", "lock_timeout"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) <= threading.TIMEOUT_MAX:
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)!r}")
 
     @property

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from promoe_triton import ops
 from promoe_triton.config import format_size
@@ -40,16 +39,19 @@ class ProMoEExperts(nn.Module):
             self._refuse_gradients(x_TD)
         return self.compute(x_TD, expert_ids_TA, weights_TA)
 
-    @torch.no_grad()
     def compute(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-        """Run the five steps: group rows, fill slots, first products, activation, second products, combine."""
+        """Run the layer outside of autograd, one forward of the model at a time."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.compute(x_TD, expert_ids_TA, weights_TA)
         layer = self._promoe
-        with layer.model.exclusive(), record_function("promoe::layer"):
+        layer.model.enter(layer.index)
+        try:
             layer.bind(self)
-            layer.enter()
-            call = layer.kernels.begin(x_TD, expert_ids_TA, weights_TA)
-            y_TD = layer.run(call)
-            layer.leave(tokens=x_TD.shape[0])
+            y_TD = layer.run(layer.kernels.begin(x_TD, expert_ids_TA, weights_TA))
+            layer.model.leave(layer.index, tokens=x_TD.shape[0])
+        finally:
+            layer.model.release()
         return y_TD
 
     def _refuse_gradients(self, x_TD: Tensor) -> None:
@@ -73,19 +75,22 @@ class ProMoEExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move or cast resident weights; refuse what would need the weights that are at rest."""
-        layer = self._promoe
-        if layer.table is None:
-            layer.unbind()
+        self.check_apply(fn)
+        if self._promoe.table is None:
+            self._promoe.unbind()
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            return self
-        for name, parameter in self.named_parameters():
+        return self
+
+    def check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise PromoeError where `fn` would move or cast weights that are at rest."""
+        layer = self._promoe
+        for name, parameter in self.named_parameters() if layer.table is not None else ():
             probe = fn(torch.empty(0, dtype=parameter.dtype))
             if probe.dtype != parameter.dtype or probe.device.type not in ("cpu", "meta"):
                 raise PromoeError(
                     f"the experts rest in {layer.model.store.describe()} and cannot be moved to {probe.device} "
                     f"or cast to {probe.dtype} ({name} is {parameter.dtype} on the CPU); unpatch first"
                 )
-        return self
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the true weights, whatever is in slots: they are read back from the store."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +55,7 @@ class LayerRuntime:
         self._bound = table is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRuntime:
-        return copy.deepcopy(self.model, memo).layers[self.index]
+        raise PromoeError("a part of a patched model cannot be copied; copy the whole model, or unpatch it first")
 
     def bind(self, module: nn.Module) -> None:
         """Place the experts of a layer whose parameters are its slots, unless that has been done."""
@@ -71,13 +69,6 @@ class LayerRuntime:
     def unbind(self) -> None:
         """The parameters are about to change: look at them again before the next call."""
         self._bound = self.table is not None
-
-    def enter(self) -> None:
-        self.model.counters.enter(self.index)
-
-    def leave(self, tokens: int) -> None:
-        if self.index == len(self.model.layers) - 1:
-            self.model.counters.leave(tokens)
 
     def stack(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the layer's stacked parameters, read back from the store."""
@@ -251,7 +242,6 @@ class ModelRuntime:
         self.counters = Counters()
         self.popularity = popularity
         self.originals: list[dict[str, nn.Parameter]] = []
-        self._modules = tuple(modules)
         self._lock = threading.Lock()
         self._abandoned: dict[ExpertKey, tuple[Transfer, SlotTable]] = {}
         self.link: Link | None = None
@@ -299,17 +289,13 @@ class ModelRuntime:
     def _policy(self) -> Policy:
         return make_policy(self.config.policy, self.popularity)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModelRuntime:
-        """Make an independent runtime over the same store, for the copies of the same modules."""
+    def copy_for(self, modules: Sequence[nn.Module]) -> ModelRuntime:
+        """Return an independent runtime over the same store, for copies of the same modules."""
         if self.budget.nbytes:
             self.check_room("a copy of the model, with slots of its own,", self.budget.nbytes)
-        twin = object.__new__(ModelRuntime)
-        memo[id(self)] = twin
-        modules = [copy.deepcopy(module, memo) for module in self._modules]
         layouts = [layer.layout for layer in self.layers]
         store = self.store if self.link is not None else HostStore(modules, layouts)
-        twin.__init__(self.config, store, self.budget, modules, layouts, self.popularity)  # type: ignore[misc]
-        return twin
+        return ModelRuntime(self.config, store, self.budget, modules, layouts, self.popularity)
 
     def __reduce__(self) -> Any:
         raise PromoeError("a patched model cannot be pickled; use save_pretrained, or unpatch it first")
@@ -328,18 +314,23 @@ class ModelRuntime:
         if needed > free:
             raise PromoeError(f"{purpose} needs {format_size(needed)} of memory, but only {format_size(free)} are free")
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def enter(self, layer: int) -> None:
         """Let one forward in at a time; raise PromoeError when another stays inside too long."""
         if not self._lock.acquire(timeout=self.config.lock_timeout):
             raise PromoeError(
                 f"waited {self.config.lock_timeout:g} s for another thread's forward through this model; "
                 "raise lock_timeout, or patch a copy of the model per thread"
             )
-        try:
-            yield
-        finally:
-            self._lock.release()
+        self.counters.enter(layer)
+
+    def leave(self, layer: int, tokens: int) -> None:
+        """Note that a layer is done with so many tokens."""
+        if layer == len(self.layers) - 1:
+            self.counters.leave(tokens)
+
+    def release(self) -> None:
+        """Let the next forward in."""
+        self._lock.release()
 
     def open_link(self) -> Link:
         if self.link is None:

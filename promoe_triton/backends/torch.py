@@ -42,7 +42,11 @@ class TorchBackend:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Rows:
-    """One call: its routing, and what the stages have computed so far."""
+    """One call: its routing, and what the stages have computed so far.
+
+    For one token, every row also comes as a view of its own ([1, N] each, in a list): slicing would cost more
+    than the bookkeeping of the whole layer.
+    """
 
     x_TD: Tensor
     weights_TA: Tensor
@@ -50,12 +54,23 @@ class Rows:
     rows: dict[int, tuple[int, int]]
     x_RD: Tensor
     up_RN: Tensor
-    h_RF: Tensor
     down_RD: Tensor
+    h_RF: Tensor | None = None
+    one: OneToken | None = None
 
     @property
     def experts(self) -> list[int]:
         return list(self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OneToken:
+    """The results of one token's A rows, kept from call to call: [A, N] and [A, D] with a view of every row."""
+
+    up_AN: Tensor
+    up_rows: Sequence[Tensor]
+    down_AD: Tensor
+    down_rows: Sequence[Tensor]
 
 
 class _Placed:
@@ -73,6 +88,7 @@ class _Placed:
     def place(self, expert: int, tensors: ExpertTensors) -> None:
         for name, tensor in tensors.items():
             self.tensors[name][expert] = tensor.t() if name in self._turned else tensor
+            self.dtype = tensor.dtype
 
     def remove(self, expert: int) -> None:
         for column in self.tensors.values():
@@ -87,17 +103,19 @@ class Grouped(_Placed):
         (self.up_name,), (self.down_name,) = layout.up, layout.down
         self.N = self.shapes[self.up_name][-1 if self.up_name in layout.transposed else 0]
         self.D = self.shapes[self.down_name][-1 if self.down_name in layout.transposed else 0]
+        self._one: dict[int, OneToken] = {}
 
     def begin(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Rows:
         T, A = expert_ids_TA.shape
-        order_R = None
-        chosen: dict[int, tuple[int, int]] = {}
-        if T == 1:
-            chosen = {e: (a, a + 1) for a, e in enumerate(expert_ids_TA.view(-1).tolist())}
-        if len(chosen) < A:  # more than one token, or one expert chosen twice for it
-            order_R, chosen = _group(*torch.sort(expert_ids_TA.reshape(-1)))
-        needed = _needed(chosen, self.layout.experts, weights_TA, order_R)
         x = x_TD if x_TD.dtype == self.dtype else x_TD.to(self.dtype)
+        if T == 1:
+            ids = expert_ids_TA.view(-1).tolist()
+            if len(set(ids)) == A:
+                return self._begin_one(x_TD, x, ids, weights_TA)
+        order_R, chosen = _group(*torch.sort(expert_ids_TA.reshape(-1)))
+        weights_R = weights_TA.reshape(-1)
+        zero = weights_R[order_R].eq(0).tolist() if (weights_R == 0).any() else None
+        needed = _needed(chosen, self.layout.experts, zero)
         # Rows nobody computes, of sentinels and zero weights, must read as zero.
         empty = x.new_empty if len(needed) == len(chosen) else x.new_zeros
         return Rows(
@@ -105,21 +123,59 @@ class Grouped(_Placed):
             weights_TA=weights_TA,
             order_R=order_R,
             rows=needed,
-            x_RD=x.expand(A, -1) if order_R is None else x[order_R // A],
+            x_RD=x[order_R // A],
             up_RN=empty((T * A, self.N)),
-            h_RF=x,
             down_RD=empty((T * A, self.D)),
         )
 
+    def _begin_one(self, x_TD: Tensor, x: Tensor, ids: list[int], weights_TA: Tensor) -> Rows:
+        A = len(ids)
+        if A not in self._one or self._one[A].up_AN.dtype != self.dtype:
+            up_AN, down_AD = x.new_empty((A, self.N)), x.new_empty((A, self.D))
+            self._one[A] = OneToken(
+                up_AN=up_AN, up_rows=torch.split(up_AN, 1), down_AD=down_AD, down_rows=torch.split(down_AD, 1)
+            )
+        one = self._one[A]
+        weights = weights_TA.view(-1).tolist()
+        zero = [weight == 0.0 for weight in weights] if 0.0 in weights else None
+        rows = {e: (a, a + 1) for a, e in enumerate(ids)}
+        needed = _needed(rows, self.layout.experts, zero)
+        if len(needed) < A:
+            one.up_AN.zero_()
+            one.down_AD.zero_()
+        return Rows(
+            x_TD=x_TD,
+            weights_TA=weights_TA,
+            order_R=None,
+            rows=needed,
+            x_RD=x,
+            up_RN=one.up_AN,
+            down_RD=one.down_AD,
+            one=one,
+        )
+
     def up(self, call: Rows, experts: Sequence[int] | None) -> None:
-        self._products(call, call.x_RD, self.up_name, self.layout.up_bias, call.up_RN, experts)
+        weights = self.tensors[self.up_name]
+        biases = self.tensors[self.layout.up_bias] if self.layout.up_bias else None
+        if call.one is not None:
+            rows = [call.x_RD] * len(call.one.up_rows)
+            _rows_of_one(call, rows, weights, biases, call.one.up_rows, experts)
+        else:
+            _products(call, call.x_RD, weights, biases, call.up_RN, experts)
 
     def activate(self, call: Rows) -> None:
         module = self.module
         call.h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
 
     def down(self, call: Rows, experts: Sequence[int] | None) -> None:
-        self._products(call, call.h_RF, self.down_name, self.layout.down_bias, call.down_RD, experts)
+        assert call.h_RF is not None
+        weights = self.tensors[self.down_name]
+        biases = self.tensors[self.layout.down_bias] if self.layout.down_bias else None
+        if call.one is not None:
+            rows = call.h_RF.unsqueeze(1).unbind()
+            _rows_of_one(call, rows, weights, biases, call.one.down_rows, experts)
+        else:
+            _products(call, call.h_RF, weights, biases, call.down_RD, experts)
 
     def combine(self, call: Rows) -> Tensor:
         T, A = call.weights_TA.shape
@@ -131,29 +187,36 @@ class Grouped(_Placed):
         y_RD = y_RD * call.weights_TA.reshape(-1, 1)
         return y_RD.view(T, A, self.D).sum(dim=1).to(call.x_TD.dtype)
 
-    def _products(
-        self,
-        call: Rows,
-        in_RK: Tensor,
-        weight: str,
-        bias: str | None,
-        out_RN: Tensor,
-        experts: Sequence[int] | None,
-    ) -> None:
-        weights = self.tensors[weight]
-        biases = self.tensors[bias] if bias else None
-        rows = call.rows
-        if call.order_R is None:
-            in_rows, out_rows = torch.split(in_RK, 1), torch.split(out_RN, 1)
-        for e in rows if experts is None else experts:
-            first, last = rows[e]
-            if call.order_R is None:
-                x, out = in_rows[first], out_rows[first]
-            else:
-                x, out = in_RK[first:last], out_RN[first:last]
-            torch.mm(x, weights[e], out=out)
-            if biases is not None:
-                out.add_(biases[e])
+
+def _products(
+    call: Rows,
+    in_RK: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    out_RN: Tensor,
+    experts: Sequence[int] | None,
+) -> None:
+    for e in call.rows if experts is None else experts:
+        first, last = call.rows[e]
+        out = out_RN[first:last]
+        torch.mm(in_RK[first:last], weights[e], out=out)
+        if biases is not None:
+            out.add_(biases[e])
+
+
+def _rows_of_one(
+    call: Rows,
+    in_rows: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    out_rows: Sequence[Tensor],
+    experts: Sequence[int] | None,
+) -> None:
+    for e in call.rows if experts is None else experts:
+        row = call.rows[e][0]
+        torch.mm(in_rows[row], weights[e], out=out_rows[row])
+        if biases is not None:
+            out_rows[row].add_(biases[e])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -183,7 +246,8 @@ class ByExpert(_Placed):
         order_R, chosen = _group(*torch.sort(expert_ids_TA.t().reshape(-1), stable=True))
         weights_R = weights_TA.t().reshape(-1)
         known = self.layout.experts + self.layout.identities
-        needed = _needed(chosen, known, weights_R, order_R)
+        zero = weights_R[order_R].eq(0).tolist() if (weights_R == 0).any() else None
+        needed = _needed(chosen, known, zero)
         token_R = order_R % max(x_TD.shape[0], 1)
         rows = {e: token_R[first:last] for e, (first, last) in needed.items()}
         return Groups(
@@ -245,15 +309,16 @@ def _group(sorted_ids_R: Tensor, order_R: Tensor) -> tuple[Tensor, dict[int, tup
 
 
 def _needed(
-    chosen: dict[int, tuple[int, int]], experts: int, weights: Tensor, order_R: Tensor | None
+    chosen: dict[int, tuple[int, int]], experts: int, zero: Sequence[bool] | None
 ) -> dict[int, tuple[int, int]]:
-    """Leave out sentinels (ids of `experts` and more) and experts whose every weight is zero."""
+    """Leave out sentinels (ids of `experts` and more) and experts whose every row has weight zero.
+
+    zero: for each row whether its weight is; None where none is.
+    """
     if chosen and (min(chosen) < 0 or max(chosen) >= experts):
         if min(chosen) < 0:
             raise ValueError(f"expert ids must be 0 or more, got {min(chosen)}")
         chosen = {e: rows for e, rows in chosen.items() if e < experts}
-    flat = weights.reshape(-1)
-    if (flat == 0).any():
-        zero = (flat if order_R is None else flat[order_R]).eq(0).tolist()
+    if zero is not None:
         chosen = {e: (first, last) for e, (first, last) in chosen.items() if not all(zero[first:last])}
     return chosen

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -40,12 +41,38 @@ RESERVE = 2**30
 """Bytes of memory that slots leave free for activations and the KV cache of a loaded model."""
 
 
+def promoe_modules(model: nn.Module) -> list[ProMoEExperts]:
+    """Return the patched experts modules in the model's order."""
+    return [module for module in model.modules() if isinstance(module, ProMoEExperts)]
+
+
 class PatchedModel(nn.Module):
     """What a patched model can do beside what it could before: be a context manager that unpatches."""
 
     _promoe_runtime: ModelRuntime
 
     def __enter__(self) -> nn.Module:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Return an independent patched model: own slots, own link, the same store."""
+        runtime = self._promoe_runtime
+        pending = object()  # stands for what can only be made once all modules are whole
+        memo |= {id(part): pending for part in (runtime, *runtime.layers)}
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        modules = promoe_modules(twin)
+        twin._promoe_runtime = runtime.copy_for(modules)
+        for module, layer in zip(modules, twin._promoe_runtime.layers, strict=True):
+            module._promoe = layer
+        return twin
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # All experts are asked first, so that a refusal leaves nothing half moved.
+        for module in promoe_modules(self):
+            module.check_apply(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -283,7 +310,7 @@ def unpatch(model: Model) -> Model:
     runtime = _runtime(model)
     if runtime.link is not None:
         runtime.check_room("putting the weights back", max(runtime.expert_bytes - runtime.budget.nbytes, 0))
-    modules = [module for module in model.modules() if isinstance(module, ProMoEExperts)]
+    modules = promoe_modules(model)
     weights = (
         [layer.stack(module) for layer, module in zip(runtime.layers, modules, strict=True)] if runtime.link else []
     )
