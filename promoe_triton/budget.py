@@ -61,9 +61,17 @@ def plan_slots(slots: Slots, partition: Partition, needs: Sequence[LayerNeed], m
     Raises ValueError where `slots` cannot serve the model and PromoeError where it does not fit in memory.
     """
     total = sum(need.experts for need in needs)
+    pools = Counter(need.spec for need in needs)
+
+    def shared(count: int) -> bool:
+        return partition == "global" or count < len(needs)
+
+    def share(count: int) -> tuple[int, ...]:
+        shares = spread(count, needs)
+        return _one_per_pool(shares, needs) if shared(count) and count >= len(pools) else shares
 
     def cost(count: int) -> int:
-        return sum(n * need.slot_bytes for n, need in zip(spread(count, needs), needs, strict=True))
+        return sum(n * need.slot_bytes for n, need in zip(share(count), needs, strict=True))
 
     if slots is None or isinstance(slots, str):
         limit = memory if slots is None else parse_size(slots)
@@ -83,16 +91,13 @@ def plan_slots(slots: Slots, partition: Partition, needs: Sequence[LayerNeed], m
     else:
         count = min(slots, total)
 
-    pools = Counter(need.spec for need in needs)
     if count < len(pools):
         raise ValueError(f"this model has {len(pools)} kinds of experts and needs as many slots, got {count}")
     if partition == "layer" and count < len(needs):
         raise ValueError(f"partition='layer' needs at least one slot for each of {len(needs)} layers, got {count}")
-    shared = partition == "global" or count < len(needs)
-    shares = spread(count, needs)
-    if shared:
-        shares = _one_per_pool(shares, needs)
-    budget = Budget(slots_of_layer=shares, slot_bytes=tuple(n.slot_bytes for n in needs), shared=shared)
+    budget = Budget(
+        slots_of_layer=share(count), slot_bytes=tuple(need.slot_bytes for need in needs), shared=shared(count)
+    )
     if budget.nbytes > memory:
         raise PromoeError(
             f"{count} slots take {format_size(budget.nbytes)}, but only {format_size(memory)} of memory are free; "

@@ -261,9 +261,7 @@ class ModelRuntime:
         memories: dict[Any, SlotMemory] = {}
         for spec in dict.fromkeys(specs):
             layers = [i for i, other in enumerate(specs) if other == spec]
-            memories[spec] = SlotMemory(
-                sum(budget.slots_of_layer[i] for i in layers), max(budget.slot_bytes[i] for i in layers)
-            )
+            memories[spec] = SlotMemory(sum(budget.slots_of_layer[i] for i in layers), budget.slot_bytes[layers[0]])
         firsts = dict.fromkeys(memories, 0)
         tables: list[SlotTable] = []
         shared: dict[Any, SlotTable] = {}

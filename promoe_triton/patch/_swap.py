@@ -24,7 +24,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.layer import ProMoEExperts, patched_class
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.patch._families import describe
-from promoe_triton.protocols import ExpertKey, Store
+from promoe_triton.protocols import ExpertKey, ExpertSpec, Store
 from promoe_triton.runtime import ModelRuntime, Popularity
 from promoe_triton.stores.checkpoint import CheckpointStore, same_tensors
 from promoe_triton.stores.conversion import map_parameters
@@ -194,9 +194,12 @@ def check_patchable(model: nn.Module, resting: bool = False) -> None:
 
 def plan(config: Config, store: CheckpointStore, layouts: Sequence[ExpertLayout], memory: int) -> Budget:
     """Share out slots whose size fits every expert of the store, however it lies in its file."""
+    sizes: dict[ExpertSpec, int] = {}
+    for index, (spec, layout) in enumerate(zip(store.specs, layouts, strict=True)):
+        sizes[spec] = max(sizes.get(spec, 0), store.slot_bytes(index, layout.experts))
     needs = [
-        LayerNeed(experts=layout.experts, spec=spec, slot_bytes=store.slot_bytes(index, layout.experts))
-        for index, (spec, layout) in enumerate(zip(store.specs, layouts, strict=True))
+        LayerNeed(experts=layout.experts, spec=spec, slot_bytes=sizes[spec])
+        for spec, layout in zip(store.specs, layouts, strict=True)
     ]
     return plan_slots(config.slots, config.partition, needs, memory)
 
