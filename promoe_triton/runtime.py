@@ -50,6 +50,7 @@ class LayerRuntime:
         self.layout = layout
         self.table = table
         self.kernels = model.backend.layer(module, layout, model.store.specs[index])
+        self.keys = [ExpertKey(index, expert) for expert in range(layout.experts)]
         self.uses = [0] * layout.experts
         self.resident = False
         self._bound = table is not None
@@ -107,7 +108,7 @@ class LayerRuntime:
         """Note when every expert has a slot of its own: from then on nothing can leave."""
         table = self.table
         if table is not None and len(table) >= self.layout.experts and not self.model.budget.shared:
-            self.resident = all(table.is_ready(ExpertKey(self.index, expert)) for expert in range(self.layout.experts))
+            self.resident = all(map(table.is_ready, self.keys))
 
 
 class Fills:
@@ -125,16 +126,20 @@ class Fills:
         self._model = layer.model
         self._leased: list[ExpertKey] = []
         self._pending: dict[ExpertKey, Transfer] = {}
-        self._model.reap()
-        keys = [ExpertKey(layer.index, expert) for expert in experts]
-        self._resident = [key for key in keys if table.is_ready(key)]
-        missing = [key for key in keys if not table.is_ready(key)]
+        if self._model.abandoned:
+            self._model.reap()
+        missing: list[ExpertKey] = []
+        for expert in experts:
+            key = layer.keys[expert]
+            if table.is_ready(key):
+                table.lease(key)
+                self._leased.append(key)
+            else:
+                missing.append(key)
+        self._resident = list(self._leased)
         self._model.counters.hits += len(self._resident)
         self._model.counters.misses += len(missing)
-        for key in self._resident:
-            table.lease(key)
-            self._leased.append(key)
-        kept = table.available()
+        kept = table.available() if missing else 0
         if kept < len(missing):
             self._buffers = min(STREAM_BUFFERS, len(table), kept + len(self._resident))
             while kept < self._buffers:
@@ -171,9 +176,10 @@ class Fills:
 
     def _stream(self, part: Part) -> Iterator[list[int]]:
         """Submit as many as there are buffers at once, and return the waves that follow."""
-        has_part = self._model.store.specs[self._layer.index].names(part)
-        waiting = list(reversed(self._streamed)) if has_part else []
-        running = [waiting.pop() for _ in range(min(self._buffers, len(waiting)))] if waiting else []
+        if not self._streamed or not self._model.store.specs[self._layer.index].names(part):
+            return iter(())
+        waiting = list(reversed(self._streamed))
+        running = [waiting.pop() for _ in range(min(self._buffers, len(waiting)))]
         for key in running:
             self._submit(key, part)
         return self._pass_through(running, waiting, part)
@@ -217,7 +223,7 @@ class Fills:
             self._table.release(key)
         self._leased.clear()
         for key in self._streamed:
-            if self._table.slot_of(key) is not None and not self._model.is_abandoned(key):
+            if self._table.slot_of(key) is not None and key not in self._model.abandoned:
                 self._layer.kernels.remove(key.expert)
                 self._table.drop(key)
         self._layer.check_resident()
@@ -243,7 +249,7 @@ class ModelRuntime:
         self.popularity = popularity
         self.originals: list[dict[str, nn.Parameter]] = []
         self._lock = threading.Lock()
-        self._abandoned: dict[ExpertKey, tuple[Transfer, SlotTable]] = {}
+        self.abandoned: dict[ExpertKey, tuple[Transfer, SlotTable]] = {}
         self.link: Link | None = None
         tables: Sequence[SlotTable | None] = [None] * len(layouts)
         if isinstance(store, CheckpointStore):
@@ -344,25 +350,22 @@ class ModelRuntime:
         if self.link is None or self.link.cancel(transfer):
             table.drop(key)
         else:
-            self._abandoned[key] = (transfer, table)
-
-    def is_abandoned(self, key: ExpertKey) -> bool:
-        return key in self._abandoned
+            self.abandoned[key] = (transfer, table)
 
     def reap(self) -> None:
         """Free the slots of abandoned transfers that have settled, waiting a bounded time for the others."""
         deadline = time.monotonic() + self.config.io_timeout
-        while self._abandoned:
-            for key, (transfer, table) in list(self._abandoned.items()):
+        while self.abandoned:
+            for key, (transfer, table) in list(self.abandoned.items()):
                 if self.open_link().cancel(transfer):
                     table.drop(key)
-                    del self._abandoned[key]
-            if self._abandoned and time.monotonic() > deadline:
+                    del self.abandoned[key]
+            if self.abandoned and time.monotonic() > deadline:
                 raise PromoeError(
-                    f"{len(self._abandoned)} interrupted reads have not ended in {self.config.io_timeout:g} s; "
+                    f"{len(self.abandoned)} interrupted reads have not ended in {self.config.io_timeout:g} s; "
                     "the disk does not answer"
                 )
-            if self._abandoned:
+            if self.abandoned:
                 time.sleep(0.001)
 
     def warm(self) -> None:
@@ -371,8 +374,7 @@ class ModelRuntime:
         tables: dict[int, tuple[SlotTable, list[ExpertKey]]] = {}
         for layer in self.layers:
             if layer.table is not None:
-                keys = [ExpertKey(layer.index, expert) for expert in range(layer.layout.experts)]
-                tables.setdefault(id(layer.table), (layer.table, []))[1].extend(keys)
+                tables.setdefault(id(layer.table), (layer.table, []))[1].extend(layer.keys)
         chosen: list[tuple[ExpertKey, SlotTable]] = []
         for table, keys in tables.values():
             ranked = sorted(keys, key=lambda key: (-popularity.get(key, 0.0), key.expert, key.layer))

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.protocols import ExpertSpec, ExpertTensors, LayerKernels
@@ -63,14 +64,19 @@ class Rows:
         return list(self.rows)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OneToken:
-    """The results of one token's A rows, kept from call to call: [A, N] and [A, D] with a view of every row."""
+    """The arrays of one token's A rows, kept from call to call, with a view of every row.
 
-    up_AN: Tensor
-    up_rows: Sequence[Tensor]
-    down_AD: Tensor
-    down_rows: Sequence[Tensor]
+    up_AN and down_AD receive the products. Where gate and up are the halves of up_AN and combined in the usual
+    way, h_AF receives the activation.
+    """
+
+    def __init__(self, A: int, N: int, D: int, like: Tensor, halves: bool) -> None:
+        self.up_AN, self.down_AD = like.new_empty((A, N)), like.new_empty((A, D))
+        self.up_rows, self.down_rows = torch.split(self.up_AN, 1), torch.split(self.down_AD, 1)
+        self.gate_AF, self.up_AF = self.up_AN[:, : N // 2], self.up_AN[:, N // 2 :]
+        self.h_AF = like.new_empty((A, N // 2)) if halves else None
+        self.h_rows = torch.split(self.h_AF, 1) if self.h_AF is not None else None
 
 
 class _Placed:
@@ -104,6 +110,9 @@ class Grouped(_Placed):
         self.N = self.shapes[self.up_name][-1 if self.up_name in layout.transposed else 0]
         self.D = self.shapes[self.down_name][-1 if self.down_name in layout.transposed else 0]
         self._one: dict[int, OneToken] = {}
+        # act(gate) * up: known to be that, it can be computed in place of the same two operations on a copy.
+        kind: Any = type(experts)
+        self._usual_gate = bool(experts.has_gate) and kind._apply_gate is _default_apply_gate
 
     def begin(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Rows:
         T, A = expert_ids_TA.shape
@@ -130,12 +139,9 @@ class Grouped(_Placed):
 
     def _begin_one(self, x_TD: Tensor, x: Tensor, ids: list[int], weights_TA: Tensor) -> Rows:
         A = len(ids)
-        if A not in self._one or self._one[A].up_AN.dtype != self.dtype:
-            up_AN, down_AD = x.new_empty((A, self.N)), x.new_empty((A, self.D))
-            self._one[A] = OneToken(
-                up_AN=up_AN, up_rows=torch.split(up_AN, 1), down_AD=down_AD, down_rows=torch.split(down_AD, 1)
-            )
-        one = self._one[A]
+        one = self._one.get(A)
+        if one is None or one.up_AN.dtype != self.dtype:
+            one = self._one[A] = OneToken(A, self.N, self.D, x, self._usual_gate)
         weights = weights_TA.view(-1).tolist()
         zero = [weight == 0.0 for weight in weights] if 0.0 in weights else None
         rows = {e: (a, a + 1) for a, e in enumerate(ids)}
@@ -164,15 +170,18 @@ class Grouped(_Placed):
             _products(call, call.x_RD, weights, biases, call.up_RN, experts)
 
     def activate(self, call: Rows) -> None:
-        module = self.module
-        call.h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
+        module, one = self.module, call.one
+        if one is not None and one.h_AF is not None:
+            call.h_RF = torch.mul(module.act_fn(one.gate_AF), one.up_AF, out=one.h_AF)
+        else:
+            call.h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
 
     def down(self, call: Rows, experts: Sequence[int] | None) -> None:
         assert call.h_RF is not None
         weights = self.tensors[self.down_name]
         biases = self.tensors[self.layout.down_bias] if self.layout.down_bias else None
         if call.one is not None:
-            rows = call.h_RF.unsqueeze(1).unbind()
+            rows = call.one.h_rows or torch.split(call.h_RF, 1)
             _rows_of_one(call, rows, weights, biases, call.one.down_rows, experts)
         else:
             _products(call, call.h_RF, weights, biases, call.down_RD, experts)
@@ -185,7 +194,8 @@ class Grouped(_Placed):
         if call.order_R is not None:
             y_RD = torch.empty_like(y_RD).index_copy_(0, call.order_R, y_RD)
         y_RD = y_RD * call.weights_TA.reshape(-1, 1)
-        return y_RD.view(T, A, self.D).sum(dim=1).to(call.x_TD.dtype)
+        y_TD = y_RD.view(T, A, self.D).sum(dim=1)
+        return y_TD if y_TD.dtype == call.x_TD.dtype else y_TD.to(call.x_TD.dtype)
 
 
 def _products(

@@ -86,8 +86,11 @@ class CheckpointStore:
                 staging = self._stage(sum(round_up(ref.nbytes) + 2 * PAGE for ref in shares.values()))
                 tensors, start = {}, 0
                 for pattern, ref in shares.items():
+                    reader.check(ref.file)
                     first = reader.read(ref.file, ref.offset, ref.nbytes, staging.view, start)
                     raw = staging.slot(0)[first : first + ref.nbytes]
+                    if first % ref.dtype.itemsize:
+                        raw = raw.clone()  # a view must begin at a multiple of the dtype's size
                     tensors[pattern] = raw.view(ref.dtype).view(ref.shape)
                     start = round_up(first + ref.nbytes)
                     moved += ref.nbytes
@@ -109,6 +112,7 @@ class CheckpointStore:
             else:
                 for tensor in image.tensors:
                     for extent in tensor.extents:
+                        reader.check(extent.file)
                         reader.read_into(extent.file, extent.offset, extent.nbytes, slot.view, extent.slot_offset)
         return {tensor.spec.name: tensor.view(slot.slot(0)) for tensor in image.tensors}
 

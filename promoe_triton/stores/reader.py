@@ -92,14 +92,15 @@ class FileReader:
                 count = os.preadv(handle, [view], offset + done)
             except OSError as error:
                 raise PromoeError(f"reading {file} at offset {offset + done}: {error.strerror}") from error
-            if self.direct and done + count < needed:
-                count -= count % PAGE  # what follows must start on a page again
-            if count == 0:
+            reached = done + count
+            # After a short direct read, what follows must start on a page again.
+            progress = count - count % PAGE if self.direct and reached < needed else count
+            if progress == 0:
                 raise PromoeError(
-                    f"{file} ends at offset {offset + done}, {needed - done} bytes before the expert does: "
+                    f"{file} ends at offset {offset + reached}, {needed - reached} bytes before the expert does: "
                     "it is truncated; restore the file and call again"
                 )
-            done += count
+            done += progress
 
     def close(self) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,25 +63,32 @@ def read_header(file: Path) -> dict[str, TensorRef]:
             entries = json.loads(handle.read(length))
         except ValueError as error:
             raise PromoeError(f"{file} is not a safetensors file: no JSON header at offset 8") from error
-    refs = {}
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise PromoeError(f"{file}: tensor {name} has dtype {entry['dtype']}, which is not supported")
-        begin, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise PromoeError(
-                f"{file} is truncated: tensor {name} lies at offsets {8 + length + begin} to {8 + length + end}, "
-                f"but the file has {size} bytes; download or copy it again"
-            )
-        refs[name] = TensorRef(
-            file=file,
-            offset=8 + length + begin,
-            shape=tuple(entry["shape"]),
-            dtype=DTYPES[entry["dtype"]],
+    if not isinstance(entries, dict):
+        raise PromoeError(f"{file} is not a safetensors file: its header is no table of tensors")
+    entries.pop("__metadata__", None)
+    return {name: _ref(file, name, entry, 8 + length, size) for name, entry in entries.items()}
+
+
+def _ref(file: Path, name: str, entry: Any, start: int, size: int) -> TensorRef:
+    """Read one tensor's entry of a header whose data begin at `start` of a file of `size` bytes."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        known = DTYPES.get(dtype)
+        nbytes = math.prod(shape) * (known.itemsize if known else 0)
+    except (TypeError, KeyError, ValueError) as error:
+        raise PromoeError(f"{file} is not a safetensors file: its entry for tensor {name} is {entry!r}") from error
+    if known is None:
+        raise PromoeError(f"{file}: tensor {name} has dtype {dtype}, which is not supported")
+    if begin < 0 or end - begin != nbytes:
+        raise PromoeError(
+            f"{file} is not a safetensors file: tensor {name} of {nbytes} bytes is said to lie at {begin} to {end}"
         )
-    return refs
+    if start + end > size:
+        raise PromoeError(
+            f"{file} is truncated: tensor {name} lies at offsets {start + begin} to {start + end}, "
+            f"but the file has {size} bytes; download or copy it again"
+        )
+    return TensorRef(file=file, offset=start + begin, shape=shape, dtype=known)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorRef]:
@@ -97,14 +105,22 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorRef]:
 class _Stamp:
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
+
+
+SAMPLE_EVERY = 4 * 2**20
+"""Distance in bytes of the blocks that stand for a large file's contents; smaller than most experts."""
+
+READ_WHOLE = 64 * 2**20
+"""Files up to this many bytes are compared whole."""
 
 
 class Unchanged:
     """Checks that files are the ones that were indexed.
 
-    The common case is one `stat`. Where that differs (a file was replaced, or moved away and back) the header
-    and 64 blocks spread over the file are compared with those seen at the start.
+    The common case is one `stat`. Where that differs (a file was replaced, or moved away and back) the contents
+    are compared with those seen at the start: whole for small files, a block every few megabytes for large ones.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -138,23 +154,26 @@ class Unchanged:
                 f"{file} has changed while the model was using it (same size, other contents from offset 0 on); "
                 "put the original file back and call again"
             )
-        logger.warning("%s was written anew with the same contents; going on", file)
+        logger.warning(
+            "%s was moved or written anew; going on, since %s",
+            file,
+            "its contents are the same" if stamp.size <= READ_WHOLE else "blocks all over it are the same",
+        )
         self._stamps[file] = stamp
         return False
 
 
 def _stamp(file: Path) -> _Stamp:
     status = os.stat(file)
-    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
-def _digest(file: Path, samples: int = 64, block: int = 4096) -> bytes:
+def _digest(file: Path, block: int = 4096) -> bytes:
     digest = hashlib.blake2b()
     size = file.stat().st_size
     with file.open("rb", buffering=0) as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        digest.update(handle.read(min(length, size)))
-        for i in range(samples):
-            handle.seek(max(size - block, 0) * i // max(samples - 1, 1))
-            digest.update(handle.read(block))
+        if size <= READ_WHOLE:
+            digest.update(handle.read())
+        for offset in range(0, size if size > READ_WHOLE else 0, SAMPLE_EVERY):
+            digest.update(os.pread(handle.fileno(), block, offset))
     return digest.digest()
