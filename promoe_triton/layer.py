@@ -44,6 +44,8 @@ class ProMoEExperts(nn.Module):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.compute(x_TD, expert_ids_TA, weights_TA)
+        if not x_TD.is_cpu:
+            raise PromoeError(f"the experts' slots are in RAM, but their input is on {x_TD.device}; move it to the CPU")
         layer = self._promoe
         layer.model.enter(layer.index)
         try:

@@ -378,8 +378,10 @@ class ModelRuntime:
         chosen: list[tuple[ExpertKey, SlotTable]] = []
         for table, keys in tables.values():
             ranked = sorted(keys, key=lambda key: (-popularity.get(key, 0.0), key.expert, key.layer))
-            chosen += [(key, table) for key in sorted(ranked[: len(table)])]
-        chosen.sort(key=lambda item: item[0])
+            chosen += [(key, table) for key in ranked[: len(table)]]
+        assert isinstance(self.store, CheckpointStore)
+        position = self.store.position
+        chosen.sort(key=lambda item: position(item[0]))
         link = self.open_link()
         running: list[tuple[ExpertKey, SlotTable, Transfer]] = []
         progress = transformers_logging.tqdm(total=len(chosen), desc="Filling slots", leave=False)

@@ -43,8 +43,8 @@ def describe(module: nn.Module) -> ExpertLayout | None:
         dtype = module.get_parameter(parameter).dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise PromoeError(
-                f"{name}.{parameter} has dtype {dtype}: quantised experts are not supported yet; load the model "
-                "with dtype='bfloat16'"
+                f"{name}.{parameter} has dtype {dtype}, but experts must be float32, bfloat16 or float16 (quantised "
+                "ones are not supported yet); load the model with dtype='bfloat16'"
             )
     return layout
 

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from promoe_triton import ops
 from promoe_triton.budget import Budget, LayerNeed, available_memory, plan_slots
-from promoe_triton.config import Config
+from promoe_triton.config import Config, parse_size
 from promoe_triton.counters import Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layer import ProMoEExperts, patched_class
@@ -133,10 +133,10 @@ def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
     layouts = list(found.values())
-    wanted = sum(layout.experts for layout in layouts)
-    if config.slots is None or covers(config.slots, wanted):
-        if config.device != "cpu":
-            raise ValueError(f"device must be 'cpu' in this version, got {config.device!r}")
+    specs = [layout.spec(module) for module, layout in zip(modules, layouts, strict=True)]
+    experts = [layout.experts for layout in layouts]
+    weights = sum(spec.nbytes * n for spec, n in zip(specs, experts, strict=True))
+    if config.slots is None or covers(config.slots, sum(experts), weights):
         budget = Budget(
             slots_of_layer=tuple(layout.experts for layout in layouts),
             slot_bytes=(0,) * len(layouts),
@@ -144,22 +144,19 @@ def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
         )
         install(model, modules, layouts, config, HostStore(modules, layouts), budget)
         return model
-    specs = [layout.spec(module) for module, layout in zip(modules, layouts, strict=True)]
-    experts = [layout.experts for layout in layouts]
-    freed = sum(spec.nbytes * n for spec, n in zip(specs, experts, strict=True))
     # An early answer to a budget that cannot be met, before anything is read or written.
     needs = [LayerNeed(experts=n, spec=spec, slot_bytes=spec.nbytes) for spec, n in zip(specs, experts, strict=True)]
-    plan_slots(config.slots, config.partition, needs, available_memory() + freed)
+    plan_slots(config.slots, config.partition, needs, available_memory() + weights)
     store = rest(model, found, config)
-    memory = available_memory() + freed - RESERVE
+    memory = available_memory() + weights - RESERVE
     install(model, modules, layouts, config, store, plan(config, store, layouts, memory))
     return model
 
 
-def covers(slots: int | float | str, experts: int) -> bool:
-    """Whether a count or share of slots takes in every expert. A size never does: it includes padding."""
+def covers(slots: int | float | str, experts: int, weights: int) -> bool:
+    """Whether slots take in every one of so many experts, which have so many bytes of weights."""
     if isinstance(slots, str):
-        return False
+        return parse_size(slots) >= weights
     return slots >= 1.0 if isinstance(slots, float) else slots >= experts
 
 

@@ -66,6 +66,11 @@ class CheckpointStore:
         }
         return slot_image(spec, pieces, direct and not staged)
 
+    def position(self, key: ExpertKey) -> tuple[Path, int]:
+        """Return where an expert begins, so that many can be read in the order of the files."""
+        share = next(iter(self._sources[key.layer].values())).shares(key.expert)
+        return min((ref.file, ref.offset) for ref in share.values())
+
     def slot_bytes(self, layer: int, experts: int) -> int:
         """Return the room that the layer's most demanding expert needs, read in whichever way."""
         if self.staged(layer):
