@@ -101,7 +101,7 @@ def plan_slots(slots: Slots, partition: Partition, needs: Sequence[LayerNeed], m
     if budget.nbytes > memory:
         raise PromoeError(
             f"{count} slots take {format_size(budget.nbytes)}, but only {format_size(memory)} of memory are free; "
-            f"ask for fewer slots, or for a size such as slots='{max(memory // 2**30, 1)}GiB'"
+            "ask for fewer slots"
         )
     return budget
 
@@ -132,8 +132,10 @@ def available_memory() -> int:
         try:
             ceiling, used = int(limit.read_text()), int(usage.read_text())
             counts = dict(line.split() for line in stat.read_text().splitlines() if line)
-            # Version 1 counts the groups below under a name of its own.
-            cache = int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+            # Cached and mapped files give way; version 1 counts the groups below under names of their own.
+            cache = sum(
+                int(counts.get(f"total_{kind}", counts.get(kind, 0))) for kind in ("active_file", "inactive_file")
+            )
         except (OSError, ValueError):  # no limit: "max", or a group we cannot see
             continue
         available = min(available, max(ceiling - used + cache, 0))

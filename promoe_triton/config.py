@@ -50,7 +50,8 @@ class Config:
         (float in (0, 1]), or a size with its unit (``"12GiB"``). None: whatever fits, everything where it does.
     device: where slots live. Only ``"cpu"`` (RAM) in this version.
     store: where experts rest when they are not in slots. ``"checkpoint"``: the files the model came from;
-        ``"spool"``: a temporary copy; ``"auto"``: the checkpoint if it holds these very weights, else a spool.
+        ``"spool"``: a temporary copy of a loaded model; ``"auto"``: the checkpoint if it holds these very weights
+        (`from_pretrained`: if its experts can be read one at a time), else a spool.
     spool_dir: folder for the spool; None takes the system's temporary folder.
     io: ``"direct"`` reads past the page cache, ``"buffered"`` through it; ``"auto"`` is buffered when all
         experts fit in available memory beside the slots.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -105,10 +105,14 @@ class ProMoEExperts(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self._promoe.table is not None and any(key.startswith(prefix) for key in state_dict):
-            raise PromoeError("cannot load weights into experts that rest in a store; unpatch the model first")
+        self.check_load(state_dict, prefix)
         self._promoe.unbind()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def check_load(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise PromoeError where a state dict has weights for experts that are at rest."""
+        if self._promoe.table is not None and any(key.startswith(prefix) for key in state_dict):
+            raise PromoeError("cannot load weights into experts that rest in a store; unpatch the model first")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -21,7 +21,6 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.patch._families import describe
 from promoe_triton.patch._swap import (
-    RESERVE,
     check_patchable,
     checkpoint_store,
     find_experts,
@@ -32,6 +31,9 @@ from promoe_triton.patch._swap import (
 from promoe_triton.stores.resolve import resolve_files
 
 logger = logging.getLogger(__name__)
+
+RESERVE = 2**30
+"""Bytes of memory left free for activations where the number of slots is ours to choose."""
 
 _FILE_OPTIONS = (
     "cache_dir",
@@ -70,6 +72,8 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
     try:
         checkpoint_store(skeleton, found, files, options.get("key_mapping"))
     except PromoeError as reason:
+        if config.store == "checkpoint":
+            raise
         logger.warning("loading the whole model, because its experts cannot be read one at a time: %s", reason)
         return patch(type(skeleton).from_pretrained(name, **options).eval(), replace(config, store="spool"))
     with _without_experts(skeleton, found):
@@ -84,7 +88,9 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
     modules = [model.get_submodule(path) for path in found]
     layouts = list(found.values())
     store = checkpoint_store(model, found, files, options.get("key_mapping"))
-    budget = plan(config, store, layouts, available_memory() - _room_for_context(model))
+    # What the context needs shapes our own choice of slots; it is no ground to refuse the user's.
+    room = _room_for_context(model) if config.slots is None else 0
+    budget = plan(config, store, layouts, max(available_memory() - room, 0))
     install(model, modules, layouts, config, store, budget)
     return model
 

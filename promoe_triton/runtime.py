@@ -258,8 +258,6 @@ class ModelRuntime:
             LayerRuntime(self, index, module, layout, table)
             for index, (module, layout, table) in enumerate(zip(modules, layouts, tables, strict=True))
         ]
-        if self.link is not None and config.warm:
-            self.warm()
 
     def _open_slots(self, store: CheckpointStore) -> tuple[list[SlotTable], Link]:
         """Take memory for the slots, share it out, and start the link that fills them."""
@@ -300,9 +298,6 @@ class ModelRuntime:
         layouts = [layer.layout for layer in self.layers]
         store = self.store if self.link is not None else HostStore(modules, layouts)
         return ModelRuntime(self.config, store, self.budget, modules, layouts, self.popularity)
-
-    def __reduce__(self) -> Any:
-        raise PromoeError("a patched model cannot be pickled; use save_pretrained, or unpatch it first")
 
     @property
     def expert_bytes(self) -> int:

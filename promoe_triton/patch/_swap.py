@@ -37,9 +37,6 @@ logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-RESERVE = 2**30
-"""Bytes of memory that slots leave free for activations and the KV cache of a loaded model."""
-
 
 def promoe_modules(model: nn.Module) -> list[ProMoEExperts]:
     """Return the patched experts modules in the model's order."""
@@ -63,10 +60,22 @@ class PatchedModel(nn.Module):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         modules = promoe_modules(twin)
-        twin._promoe_runtime = runtime.copy_for(modules)
-        for module, layer in zip(modules, twin._promoe_runtime.layers, strict=True):
+        twin._promoe_runtime = copied = runtime.copy_for(modules)
+        for module, layer in zip(modules, copied.layers, strict=True):
             module._promoe = layer
+        if copied.link is not None and copied.config.warm:
+            copied.warm()
         return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PromoeError("a patched model cannot be pickled; use save_pretrained, or unpatch it first")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Refuse weights for experts that rest in a store, before anything is loaded."""
+        for path, module in self.named_modules():
+            if isinstance(module, ProMoEExperts):
+                module.check_load(state_dict, f"{path}.")
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # All experts are asked first, so that a refusal leaves nothing half moved.
@@ -148,8 +157,7 @@ def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
     needs = [LayerNeed(experts=n, spec=spec, slot_bytes=spec.nbytes) for spec, n in zip(specs, experts, strict=True)]
     plan_slots(config.slots, config.partition, needs, available_memory() + weights)
     store = rest(model, found, config)
-    memory = available_memory() + weights - RESERVE
-    install(model, modules, layouts, config, store, plan(config, store, layouts, memory))
+    install(model, modules, layouts, config, store, plan(config, store, layouts, available_memory() + weights))
     return model
 
 
@@ -209,7 +217,10 @@ def install(
     store: Store,
     budget: Budget,
 ) -> None:
-    """Exchange the modules' classes, over slots that are open and filled. The only step that changes the model."""
+    """Exchange the modules' classes, then fill the slots: the only step that changes the model.
+
+    The slots are filled last, when the experts' own memory has been given back; if that fails, all is undone.
+    """
     popularity = load_profile(config.profile, layouts) if config.profile else {}
     resting = isinstance(store, CheckpointStore)
     runtime = ModelRuntime(config, store, budget, modules, layouts, popularity)
@@ -221,6 +232,12 @@ def install(
         module.register_buffer("_promoe_name", ops.register(module), persistent=False)
     model._promoe_runtime = runtime  # type: ignore[assignment]
     model.__class__ = _model_class(type(model))  # type: ignore[arg-type]
+    if runtime.link is not None and config.warm:
+        try:
+            runtime.warm()
+        except BaseException:
+            unpatch(model)
+            raise
 
 
 def _empty(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> list[dict[str, nn.Parameter]]:
@@ -358,14 +375,13 @@ def save_profile(model: nn.Module, path: Path | str) -> None:
 def load_profile(path: Path | str, layouts: Sequence[ExpertLayout]) -> Popularity:
     """Read a profile; raises PromoeError where it is none, or one of another model."""
     try:
-        uses = json.loads(Path(path).read_text())["uses"]
-        shape = [len(layer) for layer in uses]
+        uses = [[float(count) for count in layer] for layer in json.loads(Path(path).read_text())["uses"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PromoeError(f"{path} is no popularity profile (save_profile writes one): {error}") from error
-    expected = [layout.experts for layout in layouts]
+    shape, expected = [len(layer) for layer in uses], [layout.experts for layout in layouts]
     if shape != expected:
         raise PromoeError(
             f"{path} is the profile of another model: it has {len(shape)} layers of {sorted(set(shape))} experts, "
             f"this model has {len(expected)} of {sorted(set(expected))}"
         )
-    return {ExpertKey(i, e): float(count) for i, layer in enumerate(uses) for e, count in enumerate(layer)}
+    return {ExpertKey(i, e): count for i, layer in enumerate(uses) for e, count in enumerate(layer)}

@@ -1,0 +1,73 @@
+"""Write the README's table of families from a test run's report: python tests/families_table.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from zoo import FAMILIES
+
+from promoe_triton.patch._families import REFUSED, describe
+
+ROOT = Path(__file__).parents[1]
+REPORT = Path(__file__).with_name("families.json")
+BEGIN, END = "<!-- families: made by tests/families_table.py -->", "<!-- end of families -->"
+MARKS = {"passed": "equal", "failed": "**differs**"}
+
+
+def render(report: Any) -> str:
+    """Return the table, one row for each family, with what the run found."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        f"Seen with {versions}, every family as a tiny random model; \"equal\" is bit for bit, in the prefill and every",
+        "decode step, for slots from the fewest possible to all.",
+        "",
+        "| family | experts | how they are kept | fp32 | bf16 | from a checkpoint |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, outcomes in report["families"].items():
+        experts, kept = _experts(name)
+        if "refused" in outcomes:
+            why = next(reason for kind, reason in REFUSED.items() if kind == experts)
+            lines.append(f"| {name} | {experts} | refused: {why} | | | |")
+            continue
+        cells = [MARKS.get(outcomes.get(variant, ""), "stock fails") for variant in ("fp32", "bf16", "direct")]
+        lines.append(f"| {name} | {experts} | {kept} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _experts(name: str) -> tuple[str, str]:
+    torch.manual_seed(0)
+    for module in FAMILIES[name].build().modules():
+        if type(module).__name__ in REFUSED:
+            return type(module).__name__, ""
+        layout = describe(module)
+        if layout is not None:
+            kept = [
+                "gated" if getattr(module, "has_gate", True) and layout.down else "not gated",
+                "biased" if layout.up_bias else "",
+                "transposed" if layout.transposed else "",
+                "" if getattr(module, "is_concatenated", True) else "interleaved",
+                "norm after each expert" if getattr(module, "has_post_expert_norm", False) else "",
+                "as a loop over experts" if layout.by_expert else "",
+                f"{layout.identities} identities" if layout.identities else "",
+            ]
+            return type(module).__name__, ", ".join(word for word in kept if word)
+    raise AssertionError(f"{name} has no experts")
+
+
+def section() -> str:
+    return f"{BEGIN}\n{render(json.loads(REPORT.read_text()))}\n{END}"
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(before + section() + after)
+
+
+if __name__ == "__main__":
+    main()
