@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from test_families import LOADED_WHOLE
 from zoo import FAMILIES
 
 from promoe_triton.patch._families import REFUSED, describe
@@ -21,8 +22,8 @@ def render(report: Any) -> str:
     """Return the table, one row for each family, with what the run found."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
-        f"Seen with {versions}, every family as a tiny random model; \"equal\" is bit for bit, in the prefill and every",
-        "decode step, for slots from the fewest possible to all.",
+        f'Seen with {versions}, every family as a tiny random model; "equal" is bit for bit, in the prefill and every',
+        "decode step, for five numbers of slots from the fewest possible to all.",
         "",
         "| family | experts | how they are kept | fp32 | bf16 | from a checkpoint |",
         "|---|---|---|---|---|---|",
@@ -34,6 +35,7 @@ def render(report: Any) -> str:
             lines.append(f"| {name} | {experts} | refused: {why} | | | |")
             continue
         cells = [MARKS.get(outcomes.get(variant, ""), "stock fails") for variant in ("fp32", "bf16", "direct")]
+        cells[2] += ", loaded whole" if name in LOADED_WHOLE else ""
         lines.append(f"| {name} | {experts} | {kept} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,0 +1,116 @@
+"""Who leaves next. The policies as the slot table drives them are in test_slots.py."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from promoe_triton.policies import LFRU, LRU, POLICIES, Static, make_policy
+from promoe_triton.protocols import ExpertKey, Policy
+
+A, B, C, D = (ExpertKey(0, expert) for expert in range(4))
+
+
+def play(policy: Policy, events: str) -> Policy:
+    """Tell a policy of events: "a" admits expert a, or uses it where it is in already; "-a" evicts it."""
+    inside: set[str] = set()
+    for event in events.split():
+        key = ExpertKey(0, ord(event[-1]) - ord("a"))
+        if event.startswith("-"):
+            policy.evicted(key)
+            inside.remove(event[-1])
+        elif event in inside:
+            policy.used(key)
+        else:
+            policy.admitted(key)
+            inside.add(event)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("events", "victim"),
+    [
+        pytest.param("", None, id="nobody-in"),
+        pytest.param("a b c", A, id="never-used"),
+        pytest.param("a b c a", B, id="first-used-again"),
+        pytest.param("a b c a b c", A, id="all-used-again"),
+        pytest.param("a b -a", B, id="first-evicted"),
+        pytest.param("a b -a a", B, id="back-after-eviction"),
+    ],
+)
+def test_lru(events: str, victim: ExpertKey | None) -> None:
+    assert play(LRU(), events).victim(set()) == victim
+
+
+@pytest.mark.parametrize(
+    ("events", "victim"),
+    [
+        pytest.param("", None, id="nobody-in"),
+        pytest.param("a b", A, id="as-often-but-longer-ago"),
+        pytest.param("a a a b c", B, id="popular-survives-a-pause"),
+        pytest.param("a a b b b b b b b c c c", A, id="but-not-for-ever"),
+        pytest.param("a a a -a b c a", B, id="uses-forgotten-with-eviction"),
+        # uses / age: b 2/4, a 1/2, c 2/1
+        pytest.param("b b c a c", A, id="equal-scores-lower-key"),
+    ],
+)
+def test_lfru(events: str, victim: ExpertKey | None) -> None:
+    assert play(LFRU(), events).victim(set()) == victim
+
+
+@pytest.mark.parametrize(
+    ("events", "victim"),
+    [
+        pytest.param("", None, id="nobody-in"),
+        pytest.param("a b c", B, id="least-popular"),
+        pytest.param("a b c b b b", B, id="uses-do-not-count"),
+        pytest.param("d b a", D, id="unknown-counts-as-never-used"),
+        pytest.param("c a", C, id="equals-first-in-first-out"),
+        pytest.param("a c", A, id="equals-first-in-first-out-turned"),
+        pytest.param("a c -a a", C, id="order-of-the-last-admission"),
+    ],
+)
+def test_static(events: str, victim: ExpertKey | None) -> None:
+    popularity = {A: 5.0, B: 2.0, C: 5.0}
+    assert play(Static(popularity), events).victim(set()) == victim
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_kept_stay(name: str) -> None:
+    policy = play(make_policy(name, {A: 1.0, B: 2.0, C: 3.0}), "a b c")
+    assert policy.victim(set()) == A
+    assert policy.victim({A}) == B
+    assert policy.victim({A, B, D}) == C
+    assert policy.victim({A, B, C}) is None
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None)
+@given(data=st.data())
+def test_asking_changes_nothing_and_the_same_events_name_the_same_victim(name: str, data: st.DataObject) -> None:
+    uses = data.draw(st.lists(st.sampled_from([A, B, C]), max_size=20))
+    kept = data.draw(st.sets(st.sampled_from([A, B, C, D])))
+    popularity = dict(zip([A, B, C], data.draw(st.tuples(*[st.floats(0, 9)] * 3)), strict=True))
+    asked, silent = make_policy(name, popularity), make_policy(name, popularity)
+    for policy in (asked, silent):
+        for key in (C, A, B):
+            policy.admitted(key)
+    for key in uses:
+        asked.victim(kept)
+        asked.used(key)
+        silent.used(key)
+    victim = silent.victim(kept)
+    assert asked.victim(kept) == victim
+    assert victim in {A, B, C} - kept if {A, B, C} - kept else victim is None
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_each_call_makes_a_fresh_policy(name: str) -> None:
+    make_policy(name, {}).admitted(A)
+    assert make_policy(name, {}).victim(set()) is None
+
+
+def test_unknown_policy() -> None:
+    with pytest.raises(ValueError, match=r"one of lru, lfru, static, got 'fifo'"):
+        make_policy("fifo", {})

@@ -1,0 +1,225 @@
+"""The queue of copies, driven in any legal order: every byte once, in order, and nothing kept for ever."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from promoe_triton.protocols import Chunk, ExpertKey, Part, Transfer
+from promoe_triton.transfers import TransferQueue
+
+KEY = ExpertKey(0, 0)
+
+
+@dataclass(slots=True, eq=False)
+class Expected:
+    """What should be known of one transfer; `out` are chunks that have neither landed nor failed."""
+
+    transfer: Transfer
+    nbytes: int
+    whole: bool
+    cursor: int = 0
+    landed: int = 0
+    out: list[Chunk] = field(default_factory=list)
+    stopped: bool = False
+    touching: bool = False
+    error: BaseException | None = None
+
+    @property
+    def waiting(self) -> bool:
+        return self.cursor < self.nbytes and not self.stopped
+
+    @property
+    def settled(self) -> bool:
+        return not (self.waiting or self.out or self.touching)
+
+
+class Queue(RuleBasedStateMachine):
+    @initialize()
+    def open(self) -> None:
+        self.queue = TransferQueue()
+        self.known: list[Expected] = []  # in the order of `push`
+        self.gone: list[Transfer] = []
+
+    def pick(self, data: st.DataObject, among: list[Expected]) -> Expected:
+        return among[data.draw(st.integers(0, len(among) - 1))]
+
+    @rule(nbytes=st.integers(1, 50), whole=st.booleans(), slot=st.integers(0, 1))
+    def push(self, nbytes: int, whole: bool, slot: int) -> None:
+        # The same expert and slot again is another transfer.
+        transfer = Transfer(key=KEY, part=Part.WHOLE, slot=slot)
+        assert transfer not in self.queue
+        self.queue.push(transfer, nbytes, whole)
+        self.known.append(Expected(transfer, nbytes, whole))
+
+    @rule(budget=st.integers(1, 20))
+    def next_chunk(self, budget: int) -> None:
+        chunk = self.queue.next_chunk(budget)
+        first = next((expected for expected in self.known if expected.waiting), None)
+        if first is None:
+            assert chunk is None
+            return
+        assert chunk is not None
+        assert chunk.transfer is first.transfer
+        assert chunk.begin == first.cursor
+        assert chunk.end == (first.nbytes if first.whole else min(first.cursor + budget, first.nbytes))
+        first.cursor = chunk.end
+        first.out.append(chunk)
+
+    @precondition(lambda self: any(expected.out for expected in self.known))
+    @rule(data=st.data())
+    def landed(self, data: st.DataObject) -> None:
+        expected = self.pick(data, [expected for expected in self.known if expected.out])
+        chunk = data.draw(st.sampled_from(expected.out))
+        complete = self.queue.landed(chunk)
+        expected.out.remove(chunk)
+        expected.landed += chunk.end - chunk.begin
+        assert complete == (expected.landed == expected.nbytes and not expected.stopped)
+        expected.touching = complete
+
+    @precondition(lambda self: any(expected.touching for expected in self.known))
+    @rule(data=st.data())
+    def finished(self, data: st.DataObject) -> None:
+        expected = self.pick(data, [expected for expected in self.known if expected.touching])
+        self.queue.finished(expected.transfer)
+        expected.touching = False
+
+    @precondition(lambda self: any(expected.out for expected in self.known))
+    @rule(data=st.data())
+    def failed(self, data: st.DataObject) -> None:
+        expected = self.pick(data, [expected for expected in self.known if expected.out])
+        chunk = data.draw(st.sampled_from(expected.out))
+        error = OSError(f"at {chunk.begin}")
+        self.queue.failed(chunk, error)
+        expected.out.remove(chunk)
+        expected.stopped = True
+        expected.error = expected.error or error
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def stop(self, data: st.DataObject) -> None:
+        expected = self.pick(data, self.known)
+        self.queue.stop(expected.transfer)
+        expected.stopped = True
+
+    @precondition(lambda self: any(expected.settled for expected in self.known))
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        expected = self.pick(data, [expected for expected in self.known if expected.settled])
+        self.queue.forget(expected.transfer)
+        self.known.remove(expected)
+        self.gone.append(expected.transfer)
+
+    @invariant()
+    def agrees(self) -> None:
+        for expected in self.known:
+            assert expected.transfer in self.queue
+            assert self.queue.settled(expected.transfer) == expected.settled
+            # The first error counts: later ones follow from it.
+            assert self.queue.errors.get(expected.transfer) is expected.error
+        for transfer in self.gone:
+            assert transfer not in self.queue
+            assert self.queue.settled(transfer)
+        assert len(self.queue.errors) == sum(expected.error is not None for expected in self.known)
+
+    def teardown(self) -> None:
+        """Bring all to an end: what is left then would be left for ever."""
+        if not hasattr(self, "queue"):
+            return
+        for expected in self.known:
+            self.queue.stop(expected.transfer)
+            for chunk in expected.out:
+                self.queue.landed(chunk)
+            if expected.touching:
+                self.queue.finished(expected.transfer)
+            assert self.queue.settled(expected.transfer)
+            self.queue.forget(expected.transfer)
+        assert not self.queue._progress
+        assert not self.queue._waiting
+        assert not self.queue.errors
+
+
+TestQueue = cast(Any, Queue).TestCase
+TestQueue.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 100), st.booleans()), min_size=1, max_size=5),
+    budgets=st.lists(st.integers(1, 40), min_size=1),
+)
+def test_each_byte_is_handed_out_once_and_in_order(sizes: list[tuple[int, bool]], budgets: list[int]) -> None:
+    queue = TransferQueue()
+    transfers = [Transfer(key=KEY, part=Part.WHOLE, slot=0) for _ in sizes]
+    for transfer, (nbytes, whole) in zip(transfers, sizes, strict=True):
+        queue.push(transfer, nbytes, whole)
+    chunks: list[Chunk] = []
+    while (chunk := queue.next_chunk(budgets[len(chunks) % len(budgets)])) is not None:
+        chunks.append(chunk)
+    for transfer, (nbytes, whole) in zip(transfers, sizes, strict=True):
+        mine = [chunk for chunk in chunks if chunk.transfer is transfer]
+        assert [byte for chunk in mine for byte in range(chunk.begin, chunk.end)] == list(range(nbytes))
+        assert len(mine) == 1 or not whole
+    assert [chunk.transfer for chunk in chunks] == sorted((chunk.transfer for chunk in chunks), key=transfers.index), (
+        "first come, first served"
+    )
+    done = [chunk.transfer for chunk in chunks if queue.landed(chunk)]
+    assert done == transfers
+    assert not any(map(queue.settled, transfers)), "a complete transfer counts as in flight until it is finished"
+    for transfer in transfers:
+        queue.finished(transfer)
+    assert all(map(queue.settled, transfers))
+
+
+def test_a_transfer_pushed_while_another_is_half_out_waits_its_turn() -> None:
+    queue = TransferQueue()
+    first, second = (Transfer(key=KEY, part=Part.WHOLE, slot=slot) for slot in range(2))
+    queue.push(first, 10, whole=False)
+    assert queue.next_chunk(4) == Chunk(transfer=first, begin=0, end=4)
+    queue.push(second, 3, whole=False)
+    out = [queue.next_chunk(4) for _ in range(4)]
+    assert out == [
+        Chunk(transfer=first, begin=4, end=8),
+        Chunk(transfer=first, begin=8, end=10),
+        Chunk(transfer=second, begin=0, end=3),
+        None,
+    ]
+
+
+def test_nothing_more_of_a_stopped_transfer() -> None:
+    queue = TransferQueue()
+    transfer = Transfer(key=KEY, part=Part.WHOLE, slot=0)
+    queue.push(transfer, 10, whole=False)
+    chunk = queue.next_chunk(4)
+    assert chunk is not None
+    queue.stop(transfer)
+    assert queue.next_chunk(4) is None
+    assert not queue.settled(transfer), "its first bytes are still in flight"
+    assert queue.landed(chunk) is False
+    assert queue.settled(transfer)
+
+
+def test_the_last_bytes_of_a_stopped_transfer_do_not_complete_it() -> None:
+    queue = TransferQueue()
+    transfer = Transfer(key=KEY, part=Part.WHOLE, slot=0)
+    queue.push(transfer, 10, whole=True)
+    chunk = queue.next_chunk(4)
+    assert chunk is not None
+    queue.stop(transfer)
+    assert queue.landed(chunk) is False
+    assert queue.settled(transfer)
+
+
+def test_transfers_are_told_apart_by_identity() -> None:
+    one, other = (Transfer(key=KEY, part=Part.WHOLE, slot=0) for _ in range(2))
+    queue = TransferQueue()
+    queue.push(one, 1, whole=False)
+    assert one in queue
+    assert other not in queue
+    with pytest.raises(KeyError):
+        queue.forget(other)
