@@ -28,6 +28,7 @@ from promoe_triton.patch._swap import (
     patch,
     plan,
 )
+from promoe_triton.stores.image import ALIGN, view_bytes
 from promoe_triton.stores.resolve import resolve_files
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
         stub = model.get_submodule(path)
         owner, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(owner), leaf, stub.restore())
+    _own_memory(model)
     check_patchable(model, resting=True)
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
@@ -113,6 +115,20 @@ def _skeleton(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
 def _everything_fits(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout]) -> bool:
     size = sum(parameter.nbytes for parameter in skeleton.parameters())
     return bool(size + _room_for_context(skeleton) <= available_memory())
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Give the dense part memory of its own, in place of the checkpoint's mapping that transformers leaves.
+
+    A checkpoint that is truncated or overwritten under the running model then cannot hurt it. Tensors keep their
+    alignment, so that products round as they did.
+    """
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.nbytes:
+            continue
+        room = torch.empty(tensor.nbytes + 2 * ALIGN, dtype=torch.uint8)
+        first = (tensor.data_ptr() - room.data_ptr()) % ALIGN
+        tensor.data = view_bytes(room, first, tuple(tensor.shape), tensor.dtype).copy_(tensor.data)
 
 
 def _room_for_context(model: PreTrainedModel) -> int:

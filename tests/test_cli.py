@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from promoe_triton.cli import app
 from promoe_triton.cli.generation import Sampling, parse_slots
 from promoe_triton.cli.output import readable_logging
-from promoe_triton.demo import cache, comparison, inflate
+from promoe_triton.demo import MODEL, cache, comparison, inflate
 from promoe_triton.errors import PromoeError
 
 LAYERS, EXPERTS, HIDDEN, WIDTH = 2, 8, 32, 24
@@ -304,6 +304,16 @@ def test_demo_equals_stock_transformers_in_a_second_process(model: Path) -> None
     assert answer["stats"]["slots"] == LAYERS * EXPERTS // 4
     assert answer["stock"]["same_tokens"]
     assert answer["stock"]["ids"] == answer["ids"] == stock_ids(model, answer["prompt_ids"], 9)
+
+
+def test_packaged_demo_writes_the_text_of_stock_transformers() -> None:
+    answer = call_json("demo", "--max-new-tokens", "16")
+    assert answer["model"] == str(MODEL)
+    assert (answer["stats"]["experts"], answer["stats"]["slots"]) == (8 * 64, 8 * 64 // 4)
+    assert answer["stats"]["misses"] > 0
+    assert len(answer["ids"]) == 16
+    assert answer["stock"]["same_tokens"]
+    assert " " in answer["text"]
 
 
 def test_demo_large_gives_the_same_tokens_and_writes_once(model: Path, tmp_path: Path) -> None:

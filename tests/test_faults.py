@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import itertools
+import json
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zoo import FAMILIES
 
@@ -35,7 +37,10 @@ NEW = 4
 def build(dtype: torch.dtype = torch.bfloat16) -> Any:
     """In bf16, whose products do not depend on where the loader has put the weights (those of fp32 do)."""
     torch.manual_seed(0)
-    return F.build().to(dtype)
+    model = F.build()
+    for parameter in model.parameters():  # and no buffers, as the loader does it
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def logits(model: Any, prompt: int = 7) -> Tensor:
@@ -109,9 +114,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return promoe_triton.from_pretrained(
-        str(folder), **({"slots": 2, "io_timeout": 5.0, "dtype": torch.bfloat16} | options)
-    )
+    """A model with few slots, whose dense part is memory of its own and not a view of the file."""
+    settings = {"slots": 2, "io_timeout": 5.0, "dtype": torch.bfloat16} | options
+    model = promoe_triton.from_pretrained(str(folder), **settings)
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def check_tables(model: Any) -> None:
@@ -276,6 +285,55 @@ class TestFiles:
             logits(model)
         away.rename(place)
         assert torch.equal(logits(model), want)
+
+
+class TestDensePart:
+    """What is no expert must not hang on the file either."""
+
+    @pytest.fixture
+    def shards(self, tmp_path: Path) -> Path:
+        """A checkpoint with the dense part of the model in a file of its own."""
+        build().save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        parts: dict[str, dict[str, Tensor]] = {"experts.safetensors": {}, "dense.safetensors": {}}
+        for name, tensor in load_file(file).items():
+            parts["experts.safetensors" if ".experts." in name else "dense.safetensors"][name] = tensor.clone()
+        file.unlink()
+        for name, tensors in parts.items():
+            save_file(tensors, tmp_path / name, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {key: name for name, tensors in parts.items() for key in tensors}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        return tmp_path
+
+    def test_overwritten_in_place(self, shards: Path, want: Tensor) -> None:
+        model = promoe_triton.from_pretrained(str(shards), slots=2, dtype=torch.bfloat16)
+        overwritten(shards / "dense.safetensors")
+        assert torch.equal(logits(model), want)
+
+    def test_truncated(self, shards: Path) -> None:
+        """In a process of its own, which the system ends when a mapped page is gone."""
+        done = subprocess.run(
+            [sys.executable, "-c", DENSE_CHILD, str(shards)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "tests"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, f"{done.returncode} {done.stderr}"
+
+
+DENSE_CHILD = """
+import sys
+from pathlib import Path
+import torch
+import promoe_triton
+from test_faults import build, emptied, logits
+
+model = promoe_triton.from_pretrained(sys.argv[1], slots=2, dtype=torch.bfloat16)
+emptied(Path(sys.argv[1]) / "dense.safetensors")
+assert torch.equal(logits(model), logits(build()))
+"""
 
 
 class TestReads:
@@ -568,7 +626,7 @@ class TestInterruptions:
 
 
 def interrupted(number: int, work: Callable[[Any], Any], argument: Any) -> str | None:
-    """Call `work`, interrupted before line `number` of those of the package; return where, None if it got to the end."""
+    """Call `work`, interrupted before line `number` of the package's; return where, None if it got to the end."""
     lines = itertools.count()
     where: list[str] = []
 

@@ -151,16 +151,15 @@ def _work(shared: _Shared) -> None:
             job = shared.jobs[chunk.transfer]
         try:
             moved = _copy(shared, job, chunk)
+            with shared.changed:
+                shared.bytes_moved += moved
+                complete = shared.queue.landed(chunk)
+            if complete:
+                _finish(shared, job, chunk.transfer)
         except BaseException as error:
             with shared.changed:
                 shared.queue.failed(chunk, error)
                 shared.changed.notify_all()
-            continue
-        with shared.changed:
-            shared.bytes_moved += moved
-            complete = shared.queue.landed(chunk)
-        if complete:
-            _finish(shared, job, chunk.transfer)
 
 
 def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
@@ -193,6 +192,9 @@ def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
 
 def _finish(shared: _Shared, job: _Job, transfer: Transfer) -> None:
     """Put the last bytes in place and report the tensors."""
+    for file in {extent.file for extent in job.extents if not shared.store.staged(transfer.key.layer)}:
+        # Only a file that is still the same after the last read has surely been the same at the first.
+        shared.reader.check(file)
     slot = job.memory.slot(transfer.slot)
     apply_moves(job.image, transfer.part, slot)
     tensors = {tensor.spec.name: tensor.view(slot) for tensor in job.image.of(transfer.part)}

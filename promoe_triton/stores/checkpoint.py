@@ -93,6 +93,7 @@ class CheckpointStore:
                 for pattern, ref in shares.items():
                     reader.check(ref.file)
                     first = reader.read(ref.file, ref.offset, ref.nbytes, staging.view, start)
+                    reader.check(ref.file)  # again: it may have changed while it was read
                     raw = staging.slot(0)[first : first + ref.nbytes]
                     if first % ref.dtype.itemsize:
                         raw = raw.clone()  # a view must begin at a multiple of the dtype's size
