@@ -1,0 +1,71 @@
+# Needs Python 3.11 or newer and make, nothing else: every verb makes .venv with the tested versions first.
+
+BOOTSTRAP ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.installed-bench
+
+# Only a PROMPT given to make itself: shells and systems know an environment variable of that name.
+ifeq ($(origin PROMPT),command line)
+export DEMO_PROMPT := $(value PROMPT)
+endif
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-large test test-slow families check bench figures clean
+
+help:  ## List the verbs
+	@echo 'make <verb>'
+	@sed -n 's/^\([a-z-]*\):.*##/  \1 #/p' $(MAKEFILE_LIST) | awk -F ' # ' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+install: $(INSTALLED)  ## Make the virtual environment (the other verbs do so themselves)
+
+demo: $(INSTALLED)  ## Run the packaged model from disk: make demo PROMPT="..." ARGS="--slots 0.5"
+	@$(VENV)/bin/promoe-triton demo $(ARGS) $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
+
+demo-large: $(INSTALLED)  ## The same model with experts of 9.4 MB; ARGS="--times-ram 1.25": larger than the RAM
+	@$(VENV)/bin/promoe-triton demo --large $(ARGS) $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
+
+test: $(INSTALLED)  ## Run the tests that are not marked slow
+	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)  ## Run the tests marked slow
+	$(PYTHON) -m pytest -m slow $(ARGS)
+
+families: $(INSTALLED)  ## Run every MoE family and write the README's table of them
+	$(PYTHON) -m pytest tests/test_families.py --families-report tests/families.json
+	PYTHONPATH=tests $(PYTHON) tests/families_table.py
+
+check: $(INSTALLED)  ## Check format, style and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(BENCH_INSTALLED)  ## Measure on this machine; results go to bench/results
+	$(PYTHON) bench/run.py $(ARGS)
+
+figures: $(BENCH_INSTALLED)  ## Draw the figures from the results
+	$(PYTHON) bench/figures.py $(ARGS)
+
+clean:  ## Remove the virtual environment, caches and build outputs
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PYTHON):
+	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, $(BOOTSTRAP) is $$($(BOOTSTRAP) --version 2>&1);" \
+	    "name another with make BOOTSTRAP=python3.12" >&2; exit 1; }
+	$(BOOTSTRAP) -m venv $(VENV)
+
+# The order-only prerequisite: a new interpreter in .venv is no reason to install again, a missing one is.
+$(INSTALLED): constraints.txt pyproject.toml | $(PYTHON)
+	@echo 'Installing the tested versions into $(VENV) (a few minutes the first time)'
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	@$(PIP) install -c constraints.txt -e '.[bench]'
+	@touch $@

@@ -1,0 +1,221 @@
+"""Draw the figures, from the CSV and nothing else; the targets and roofs in them are rows or columns there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from record import RESULTS, Row, latest, read
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+OURS = "promoe_triton"
+BLUE, GREY, PALE, RED, GOLD = "#1f5fa8", "#8a8f98", "#c3c8d0", "#c0392b", "#c98a1b"
+
+
+def unique(values: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def find(rows: Sequence[Row], case: str, variant: str, metric: str) -> Row | None:
+    matches = [r for r in rows if (r.case, r.variant, r.metric) == (case, variant, metric)]
+    return matches[-1] if matches else None
+
+
+def bars(axes: Axes, places: Sequence[float], rows: Sequence[Row], width: float, color: str, label: str) -> None:
+    """Draw medians with a whisker from the 20th to the 80th percentile."""
+    heights = [r.p50 for r in rows]
+    whiskers = [[max(r.p50 - r.p20, 0.0) for r in rows], [max(r.p80 - r.p50, 0.0) for r in rows]]
+    axes.bar(places, heights, width, yerr=whiskers, color=color, label=label, capsize=2, error_kw={"lw": 0.8})
+
+
+def number(axes: Axes, place: float, row: Row, text: str) -> None:
+    axes.annotate(text, (place, row.p80), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=7)
+
+
+def provenance(figure: Figure, path: Path) -> None:
+    cells = read(path)[-1]
+    text = (
+        f"{cells['device']} · torch {cells['torch']}, transformers {cells['transformers']} · {cells['commit']} · "
+        f"{cells['date']} · bars: median, whiskers: p20 to p80"
+    )
+    figure.supxlabel(text, fontsize=6, color=GREY)
+
+
+def resident(rows: Sequence[Row]) -> Figure:
+    cases, metrics = unique([r.case for r in rows]), unique([r.metric for r in rows])
+    stock = ("eager", "batched_mm", "grouped_mm")
+    figure, panels = plt.subplots(
+        1, len(metrics), figsize=(3.6 * len(metrics), 3.7), layout="constrained", squeeze=False
+    )
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        shown = [case for case in cases if find(rows, case, "ours / best", metric)]
+        for offset, (variant, color) in enumerate(zip((*stock, OURS), (PALE, GOLD, GREY, BLUE), strict=True)):
+            found = [find(rows, case, variant, metric) for case in shown]
+            places = [i + 0.2 * (offset - 1.5) for i in range(len(shown))]
+            bars(axes, places, [r for r in found if r], 0.19, color, variant)
+        for i, case in enumerate(shown):
+            share, best = find(rows, case, "ours / best", metric), find(rows, case, OURS, metric)
+            assert share is not None
+            assert best is not None
+            assert share.target is not None
+            roof = share.target * best.p50 / share.p50
+            axes.hlines(roof, i - 0.42, i + 0.42, color=RED, lw=1.2, ls="--", label="target" if i == 0 else None)
+            number(axes, i + 0.3, best, f"{share.p50:.2f}x")
+        axes.set_xticks(range(len(shown)), [case.replace(", F", ",\nF") for case in shown], fontsize=7)
+        axes.set_title(metric, fontsize=10)
+        axes.set_ylabel("tokens/s")
+        axes.margins(y=0.15)
+    panels[0][0].legend(fontsize=7)
+    figure.suptitle("Everything resident: tokens/s; the number is ours over the best of the three", fontsize=10)
+    return figure
+
+
+def overhead(rows: Sequence[Row]) -> Figure:
+    cases = unique([r.case for r in rows])
+    stages = unique([r.variant for r in rows if r.metric == "stage"])
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    colors = plt.get_cmap("Blues")([0.35 + 0.6 * i / len(stages) for i in range(len(stages))])
+    bottom = [0.0] * len(cases)
+    for stage, color in zip(stages, colors, strict=True):
+        values = [max(r.p50, 0.0) if (r := find(rows, case, stage, "stage")) else 0.0 for case in cases]
+        axes.bar([i - 0.21 for i in range(len(cases))], values, 0.38, bottom=bottom, color=color, label=stage)
+        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    whole = [r for case in cases if (r := find(rows, case, "layer - products", "overhead"))]
+    bars(axes, [i + 0.21 for i in range(len(cases))], whole, 0.38, GREY, "layer - products")
+    for i, r in enumerate(whole):
+        number(axes, i + 0.21, r, f"{r.p50:.0f}")
+    target = next(r.target for r in whole if r.target)
+    axes.axhline(target, color=RED, lw=1.2, ls="--", label=f"target: {target:g} us")
+    axes.set_xticks(range(len(cases)), [case.replace(", F", ",\nF") for case in cases], fontsize=7)
+    axes.set_ylabel("us per layer and decode step")
+    axes.set_title("What a layer costs beside its matrix products, one token", fontsize=10)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def disk(rows: Sequence[Row]) -> Figure:
+    cases = unique([r.case for r in rows])
+    columns = -(-len(cases) // 2) if len(cases) > 2 else len(cases)
+    figure, panels = plt.subplots(
+        -(-len(cases) // columns),
+        columns,
+        figsize=(4.2 * columns, 5.4),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    order = sorted(cases, key=lambda case: "computing" in case)
+    for axes, case in zip(panels.flat, order, strict=False):
+        draw_reads(axes, [r for r in rows if r.case == case])
+        axes.set_title(case, fontsize=9)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("GB/s")
+    panels.flat[0].legend(fontsize=7)
+    figure.suptitle("Experts through the product's link, against plain O_DIRECT reads of the same files", fontsize=10)
+    return figure
+
+
+def draw_reads(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw bandwidth over reads in flight, one line per chunk size; dashed: the target share of the best read."""
+    reads = [r for r in rows if r.metric == "bandwidth"]
+    chunks = unique([r.variant.split(" ", 1)[1].rsplit(" x ", 1)[0] for r in reads])
+    shades = dict(zip(chunks, (0.35, 0.55, 0.75, 0.95), strict=False))
+    for kind, cmap, style in (("preadv", "Greys", "o-"), ("link", "Blues", "s-")):
+        for chunk in chunks:
+            found = [r for r in reads if r.variant.startswith(f"{kind} {chunk} x ")]
+            depths = [int(r.variant.rsplit(" x ", 1)[1]) for r in found]
+            if found:
+                color = plt.get_cmap(cmap)(shades[chunk])
+                axes.plot(depths, [r.p50 for r in found], style, ms=4, lw=1.2, color=color, label=f"{kind} {chunk}")
+    best = max((r.p50 for r in reads if r.variant.startswith("preadv")), default=0.0)
+    share = next((r for r in rows if r.variant.startswith("default link")), None)
+    axes.axhline(best, color=GREY, lw=1, ls=":", label="best plain read")
+    if share is not None and share.target is not None:
+        axes.axhline(best * share.target, color=RED, lw=1.2, ls="--", label=f"target: {share.target:.0%} of it")
+        axes.text(0.02, 0.03, f"default link: {share.p50:.0%} of the best", transform=axes.transAxes, fontsize=8)
+    axes.set_xticks([1, 2, 4])
+    axes.set_xlabel("reads in flight", fontsize=8)
+    axes.set_ylim(bottom=0)
+
+
+def offload(rows: Sequence[Row]) -> Figure:
+    cases = unique([r.case for r in rows])
+    figure, panels = plt.subplots(1, len(cases), figsize=(4.6 * len(cases), 3.6), layout="constrained", squeeze=False)
+    for axes, case in zip(panels[0], cases, strict=True):
+        speeds = [r for r in rows if r.case == case and r.unit == "tokens/s"]
+        for i, r in enumerate(speeds):
+            bars(axes, [i], [r], 0.6, BLUE if r.variant == OURS else GREY, "")
+            number(axes, i, r, f"{r.p50:.3g}")
+        ratio = next((r for r in rows if r.case == case and r.unit == "x"), None)
+        if ratio is not None and ratio.target is not None:
+            ours = next(r for r in speeds if r.variant == OURS)
+            roof = ratio.target * ours.p50 / ratio.p50
+            axes.axhline(roof, color=RED, lw=1.2, ls="--", label=f"target: {ratio.target:g} x accelerate")
+            axes.legend(fontsize=7)
+        title = f"{case}: ours is {ratio.p50:.2f} x accelerate" if ratio else case
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(len(speeds)), [r.variant.replace(", ", ",\n") for r in speeds], fontsize=7)
+        axes.set_ylabel("tokens/s while decoding")
+        axes.margins(y=0.15)
+    figure.suptitle("512 experts, half of them in slots, held-out text", fontsize=10)
+    return figure
+
+
+def beyond_ram(rows: Sequence[Row]) -> Figure:
+    cases = unique([r.case for r in rows])
+    bound = {"peak of loading over imports": "slots + dense + 100 MB", "peak of the process": "slots + dense + 1 GB"}
+    shown = ("slots + dense part", *bound)
+    figure, panels = plt.subplots(1, len(cases), figsize=(4.6 * len(cases), 3.6), layout="constrained", squeeze=False)
+    for axes, case in zip(panels[0], cases, strict=True):
+        found = [r for metric in shown if (r := find(rows, case, OURS, metric))]
+        for i, r in enumerate(found):
+            bars(axes, [i], [r], 0.6, GREY if i == 0 else BLUE, "")
+            number(axes, i, r, f"{r.p50 / 1e3:.2f} GB")
+            if r.metric in bound and r.target is not None:
+                axes.hlines(r.target, i - 0.4, i + 0.4, color=RED, lw=1.2, ls="--", label=None if i > 1 else "bound")
+                axes.annotate(
+                    bound[r.metric], (i, r.target), (0, 12), textcoords="offset points", ha="center", fontsize=7
+                )
+        whole = find(rows, case, OURS, "checkpoint")
+        axes.set_title(f"{case}: checkpoint of {whole.p50 / 1e3:.1f} GB" if whole else case, fontsize=9)
+        axes.set_xticks(range(len(found)), [r.metric.replace(" of ", "\nof ") for r in found], fontsize=7)
+        axes.set_ylabel("anonymous memory, MB")
+        axes.margins(y=0.25)
+        axes.legend(fontsize=7)
+    figure.suptitle("Memory taken by loading and running from slots", fontsize=10)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
+    "resident": resident,
+    "overhead": overhead,
+    "disk": disk,
+    "offload": offload,
+    "beyond_ram": beyond_ram,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the figures from the CSV, beside them.")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder with the CSV")
+    args = parser.parse_args()
+    for name, draw in FIGURES.items():
+        path = args.out / f"{name}.csv"
+        rows = latest(path)
+        if rows:
+            figure = draw(rows)
+            provenance(figure, path)
+            figure.savefig(path.with_suffix(".png"), dpi=140)
+            plt.close(figure)
+            print(f"drew {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

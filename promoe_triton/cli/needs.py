@@ -1,0 +1,147 @@
+"""What a model needs, from its configuration alone: the model is built without weights, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from promoe_triton.budget import LayerNeed, available_memory, plan_slots
+from promoe_triton.cli.generation import check_exists
+from promoe_triton.errors import PromoeError
+from promoe_triton.loading import _room_for_context, _skeleton
+from promoe_triton.memory import round_up
+from promoe_triton.patch._swap import checkpoint_store, find_experts
+from promoe_triton.stores.resolve import resolve_files
+
+SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
+_TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What a share of slots takes. memory_bytes: slots, dense part and context together."""
+
+    share: float
+    slots: int
+    slot_bytes: int
+    memory_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a model consists of, in bytes. experts, expert_bytes: per MoE layer, and of one expert there.
+
+    top_k: experts per token, None where nothing names it. store: where the experts rest, or why nowhere.
+    quantised: the method, None for plain weights.
+    """
+
+    architecture: str
+    dtype: str
+    experts: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+    top_k: int | None
+    dense_bytes: int
+    context_bytes: int
+    free_bytes: int
+    store: str
+    quantised: str | None
+    choices: tuple[Choice, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.experts)
+
+    @property
+    def all_expert_bytes(self) -> int:
+        return sum(n * each for n, each in zip(self.experts, self.expert_bytes, strict=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layers": self.layers, "all_expert_bytes": self.all_expert_bytes}
+
+
+def model_needs(name: str, dtype: str = "auto") -> Needs:
+    """Return the needs of a checkpoint folder, a config.json or a hub id in the local cache.
+
+    Raises PromoeError where there is no configuration, or the model has no experts that can be patched.
+    """
+    configuration = _configuration(name)
+    quantisation = getattr(configuration, "quantization_config", None)
+    if dtype != "auto":
+        configuration.dtype = getattr(torch, dtype)
+    model = _skeleton(name, {"config": configuration})
+    found = find_experts(model)
+    modules = [model.get_submodule(path) for path in found]
+    layouts = list(found.values())
+    specs = [layout.spec(module) for module, layout in zip(modules, layouts, strict=True)]
+    place, slot_bytes = "no weights here, a configuration alone", [round_up(spec.nbytes) for spec in specs]
+    if not Path(name).is_file():
+        try:
+            store = checkpoint_store(model, found, resolve_files(name, local_files_only=True))
+            place = store.describe()
+            slot_bytes = [store.slot_bytes(index, layout.experts) for index, layout in enumerate(layouts)]
+        except PromoeError as reason:
+            place = f"no checkpoint here ({reason})"
+    experts = tuple(layout.experts for layout in layouts)
+    total = sum(n * spec.nbytes for n, spec in zip(experts, specs, strict=True))
+    dense = sum(parameter.nbytes for parameter in model.parameters()) - total
+    context, free = _room_for_context(model), available_memory()
+    layer_needs = [
+        LayerNeed(experts=n, spec=spec, slot_bytes=size)
+        for n, spec, size in zip(experts, specs, slot_bytes, strict=True)
+    ]
+    return Needs(
+        architecture=type(model).__name__,
+        dtype=", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for spec in specs for t in spec.tensors)),
+        experts=experts,
+        expert_bytes=tuple(spec.nbytes for spec in specs),
+        top_k=_top_k(model, list(found)),
+        dense_bytes=dense,
+        context_bytes=context,
+        free_bytes=free,
+        store=place,
+        quantised=_method(quantisation),
+        choices=tuple(_choice(share, layer_needs, dense + context, free) for share in SHARES),
+    )
+
+
+def _configuration(name: str) -> Any:
+    check_exists(name)
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PromoeError(
+            f"{name} has no configuration that transformers can read (a hub id must be in the local cache): {error}"
+        ) from error
+
+
+def _choice(share: float, needs: Sequence[LayerNeed], beside: int, free: int) -> Choice:
+    total = sum(need.experts * need.slot_bytes for need in needs)
+    budget = plan_slots(share, "auto", needs, total)
+    memory = budget.nbytes + beside
+    return Choice(share=share, slots=budget.slots, slot_bytes=budget.nbytes, memory_bytes=memory, fits=memory <= free)
+
+
+def _top_k(model: Any, paths: Sequence[str]) -> int | None:
+    """Return how many experts a token gets: from the modules beside the experts, else from the configuration."""
+    block = model.get_submodule(paths[0].rpartition(".")[0])
+    for place in [*block.modules(), model.config.get_text_config()]:
+        for name in _TOP_K:
+            value = getattr(place, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _method(quantisation: Any) -> str | None:
+    if quantisation is None:
+        return None
+    if isinstance(quantisation, dict):
+        return str(quantisation.get("quant_method", "in an unnamed way"))
+    method = getattr(quantisation, "quant_method", "in an unnamed way")
+    return str(getattr(method, "value", method))

@@ -1,0 +1,113 @@
+"""What a person and a machine see: messages and progress on stderr, tables, JSON alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.utils import logging as hub_logging
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging as transformers_logging
+
+
+def print_error(error: BaseException | str) -> None:
+    """Print an error as one line, however many its message has."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+class Lines(logging.Handler):
+    """Log records as lines that a person reads: ``warning: ...``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "red" if record.levelno >= logging.ERROR else "yellow"
+        line = Text.assemble((f"{record.levelname.lower()}: ", style), record.getMessage())
+        Console(stderr=True).print(line, soft_wrap=True)
+
+
+@contextmanager
+def readable_logging(verbose: bool) -> Iterator[None]:
+    """Show what the package logs; messages of transformers and the hub too if `verbose`, else their errors only."""
+    logger, handler = logging.getLogger("promoe_triton"), Lines()
+    before = logger.level, transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    transformers_logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+    hub_logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        transformers_logging.set_verbosity(before[1])
+        hub_logging.set_verbosity(before[2])
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object, on one line of stdout. What is not a number (a time nobody measured) becomes null."""
+    print(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def print_pairs(rows: Iterable[tuple[str, str]], *, title: str | None = None, stderr: bool = False) -> None:
+    """Print a table of labels and values."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(label, Text(value))
+    Console(stderr=stderr).print(table)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table of numbers, to the right of their first column."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in header:
+        table.add_column(column, justify="left" if column == header[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def bytes_progress() -> Progress:
+    """Return a progress bar for bytes, on stderr where that is a terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def working(message: str) -> Iterator[None]:
+    """Show on stderr that something takes a while: a moving line in a terminal, else one line."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{message} ...", soft_wrap=True, highlight=False, markup=False)
+        yield
+        return
+    with console.status(Text(message)):
+        yield
