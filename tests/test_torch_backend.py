@@ -15,6 +15,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from zoo import EXPERTS, FAMILIES, moe_experts
 
 from promoe_triton.backends.torch import ByExpert, Grouped, TorchBackend
@@ -363,3 +365,44 @@ def test_states_that_do_not_lie_together(name: str) -> None:
         assert not apart.is_contiguous()
         inputs = apart, ids_TA.t().contiguous().t(), weights_TA.t().contiguous().t()
         assert equal(at_once(kernels, inputs), grouped_mm_experts_forward(module, *inputs))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("D", "F"),
+    [
+        (48, 40),  # cut in three it is not aligned
+        (64, 96),
+        (512, 256),
+        (97, 31),  # nothing divides it
+    ],
+)
+def test_a_row_cut_into_parts_has_the_bits_of_the_whole(D: int, F: int, threads: int) -> None:
+    """One fp32 token: whatever number of threads decides the cut, stock bits, also when slots fill meanwhile."""
+    torch.set_num_threads(threads)
+    config = Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=F, num_experts=5, num_experts_per_tok=3)
+    config._experts_implementation = "grouped_mm"
+    stock = Qwen3MoeExperts(config)
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter)
+    layout = ExpertLayout(experts=5, up=("gate_up_proj",), down=("down_proj",))
+    kernels = TorchBackend().layer(stock, layout, layout.spec(stock))
+    for _ in range(3):
+        x, ids = torch.randn(1, D), torch.randperm(5)[:3].view(1, 3)
+        weights = torch.rand(1, 3)
+        with torch.no_grad():
+            call = kernels.begin(x, ids, weights)
+            for expert in call.experts:  # placed after `begin`, as a miss is
+                kernels.place(expert, {n: layout.cut(stock.get_parameter(n), expert) for n in layout.names})
+                kernels.up(call, [expert])
+            kernels.activate(call)
+            kernels.down(call, None)
+            got = kernels.combine(call)
+            # As grouped_mm does: rows of one tensor, wherever they begin.
+            up, want = torch.empty(3, 2 * F), torch.empty(3, D)
+            for row, e in enumerate(ids[0].tolist()):
+                torch.mm(x, stock.gate_up_proj[e].t(), out=up[row : row + 1])
+            h = stock._apply_gate(up)
+            for row, e in enumerate(ids[0].tolist()):
+                torch.mm(h[row : row + 1], stock.down_proj[e].t(), out=want[row : row + 1])
+        assert torch.equal(got, (want * weights.view(-1, 1)).view(1, 3, D).sum(dim=1))

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from promoe_triton.layout import ExpertLayout
@@ -68,15 +69,51 @@ class OneToken:
     """The arrays of one token's A rows, kept from call to call, with a view of every row.
 
     up_AN and down_AD receive the products. Where gate and up are the halves of up_AN and combined in the usual
-    way, h_AF receives the activation.
+    way, h_AF receives the activation. Where a product is cut into `parts` (see `row_parts`), its rows are too.
     """
 
-    def __init__(self, A: int, N: int, D: int, like: Tensor, halves: bool) -> None:
+    def __init__(self, A: int, N: int, D: int, like: Tensor, usual_gate: bool, parts: tuple[int, int]) -> None:
+        self.up_parts, self.down_parts = parts
         self.up_AN, self.down_AD = like.new_empty((A, N)), like.new_empty((A, D))
-        self.up_rows, self.down_rows = torch.split(self.up_AN, 1), torch.split(self.down_AD, 1)
+        self.up_rows, self.down_rows = _cut(self.up_AN, self.up_parts), _cut(self.down_AD, self.down_parts)
         self.gate_AF, self.up_AF = self.up_AN[:, : N // 2], self.up_AN[:, N // 2 :]
-        self.h_AF = like.new_empty((A, N // 2)) if halves else None
-        self.h_rows = torch.split(self.h_AF, 1) if self.h_AF is not None else None
+        self.h_AF = like.new_empty((A, N // 2)) if usual_gate else None
+        self.h_rows = _repeat(self.h_AF, self.down_parts) if self.h_AF is not None else None
+        self.weighted_1AD = like.new_empty((1, A, D))
+        self.weighted_AD = self.weighted_1AD[0]
+
+
+def _cut(out_AN: Tensor, parts: int) -> Sequence[Tensor]:
+    """Return each row as [1, N], or as [parts, 1, N / parts]."""
+    rows = torch.split(out_AN, 1)
+    return rows if parts == 1 else [row.view(parts, 1, -1) for row in rows]
+
+
+def _repeat(in_AK: Tensor, parts: int) -> Sequence[Tensor]:
+    """Return each row as [1, K], or as [parts, 1, K] without a copy."""
+    rows = torch.split(in_AK, 1)
+    return rows if parts == 1 else [row.expand(parts, 1, -1) for row in rows]
+
+
+def row_parts(weight_NK: Tensor, probes: int = 8) -> int:
+    """Return into how many parts along N a product with a single row is cut: one for each thread, or 1.
+
+    The CPU library runs the fp32 product of one row on one thread. Cut into a batch of smaller products it uses
+    all of them. That must not change a bit, which depends on the library and the shape: so it is tried, with
+    random rows, and left alone where anything differs.
+    """
+    parts = torch.get_num_threads()
+    N, K = weight_NK.shape
+    if weight_NK.dtype != torch.float32 or parts == 1 or N % parts or (N // parts * K) % 16:
+        return 1
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(probes):
+        x_1K = torch.randn((1, K), generator=generator)
+        whole = torch.mm(x_1K, weight_NK.t())
+        cut = torch.bmm(x_1K.expand(parts, 1, K), weight_NK.view(parts, N // parts, K).transpose(1, 2))
+        if not torch.equal(cut.view(1, N), whole):
+            return 1
+    return parts
 
 
 class _Placed:
@@ -110,9 +147,36 @@ class Grouped(_Placed):
         self.N = self.shapes[self.up_name][-1 if self.up_name in layout.transposed else 0]
         self.D = self.shapes[self.down_name][-1 if self.down_name in layout.transposed else 0]
         self._one: dict[int, OneToken] = {}
+        self._parts: dict[str, int] = {}
+        self._cut: dict[str, list[Any]] = {}
         # act(gate) * up: known to be that, it can be computed in place of the same two operations on a copy.
         kind: Any = type(experts)
-        self._usual_gate = bool(experts.has_gate) and kind._apply_gate is _default_apply_gate
+        self._usual_gate = (
+            bool(experts.has_gate) and kind._apply_gate is _default_apply_gate and not experts.has_post_expert_norm
+        )
+        activation: Any = getattr(experts, "act_fn", None)
+        # The function itself, where it is known: calling a module costs as much as the activation of a token.
+        self._activation = F.silu if isinstance(activation, nn.SiLU | SiLUActivation) else activation
+
+    def place(self, expert: int, tensors: ExpertTensors) -> None:
+        if any(tensor.dtype != self.dtype for tensor in tensors.values()):
+            self._parts.clear()  # resident weights were cast
+        super().place(expert, tensors)
+        for name in (self.up_name, self.down_name):
+            if name not in tensors:
+                continue
+            if name not in self._parts:
+                whole = self.layout.up_bias or name not in self._turned
+                self._parts[name] = 1 if whole else row_parts(tensors[name])
+                self._cut[name] = self.tensors[name] if self._parts[name] == 1 else [None] * self.layout.experts
+            if (parts := self._parts[name]) > 1:
+                N, K = tensors[name].shape
+                self._cut[name][expert] = tensors[name].view(parts, N // parts, K).transpose(1, 2)
+
+    def remove(self, expert: int) -> None:
+        super().remove(expert)
+        for column in self._cut.values():
+            column[expert] = None
 
     def begin(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Rows:
         T, A = expert_ids_TA.shape
@@ -140,8 +204,9 @@ class Grouped(_Placed):
     def _begin_one(self, x_TD: Tensor, x: Tensor, ids: list[int], weights_TA: Tensor) -> Rows:
         A = len(ids)
         one = self._one.get(A)
-        if one is None or one.up_AN.dtype != self.dtype:
-            one = self._one[A] = OneToken(A, self.N, self.D, x, self._usual_gate)
+        parts = (self._parts.get(self.up_name, 1), self._parts.get(self.down_name, 1))
+        if one is None or one.up_AN.dtype != self.dtype or (one.up_parts, one.down_parts) != parts:
+            one = self._one[A] = OneToken(A, self.N, self.D, x, self._usual_gate, parts)
         weights = weights_TA.view(-1).tolist()
         zero = [weight == 0.0 for weight in weights] if 0.0 in weights else None
         rows = {e: (a, a + 1) for a, e in enumerate(ids)}
@@ -164,15 +229,17 @@ class Grouped(_Placed):
         weights = self.tensors[self.up_name]
         biases = self.tensors[self.layout.up_bias] if self.layout.up_bias else None
         if call.one is not None:
-            rows = [call.x_RD] * len(call.one.up_rows)
-            _rows_of_one(call, rows, weights, biases, call.one.up_rows, experts)
+            one = call.one
+            rows = list(_repeat(call.x_RD, one.up_parts)) * len(one.up_rows)
+            weights = self._cut[self.up_name] if one.up_parts > 1 else weights
+            _rows_of_one(call, rows, weights, biases, one.up_rows, experts)
         else:
             _products(call, call.x_RD, weights, biases, call.up_RN, experts)
 
     def activate(self, call: Rows) -> None:
         module, one = self.module, call.one
         if one is not None and one.h_AF is not None:
-            call.h_RF = torch.mul(module.act_fn(one.gate_AF), one.up_AF, out=one.h_AF)
+            call.h_RF = torch.mul(self._activation(one.gate_AF), one.up_AF, out=one.h_AF)
         else:
             call.h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
 
@@ -181,12 +248,18 @@ class Grouped(_Placed):
         weights = self.tensors[self.down_name]
         biases = self.tensors[self.layout.down_bias] if self.layout.down_bias else None
         if call.one is not None:
-            rows = call.one.h_rows or torch.split(call.h_RF, 1)
-            _rows_of_one(call, rows, weights, biases, call.one.down_rows, experts)
+            one = call.one
+            rows = one.h_rows or _repeat(call.h_RF, one.down_parts)
+            weights = self._cut[self.down_name] if one.down_parts > 1 else weights
+            _rows_of_one(call, rows, weights, biases, one.down_rows, experts)
         else:
             _products(call, call.h_RF, weights, biases, call.down_RD, experts)
 
     def combine(self, call: Rows) -> Tensor:
+        one = call.one
+        if one is not None and self._usual_gate and call.weights_TA.dtype == self.dtype == call.x_TD.dtype:
+            torch.mul(one.down_AD, call.weights_TA.t(), out=one.weighted_AD)
+            return one.weighted_1AD.sum(dim=1)
         T, A = call.weights_TA.shape
         y_RD = call.down_RD
         if self.module.has_post_expert_norm:
@@ -222,9 +295,10 @@ def _rows_of_one(
     out_rows: Sequence[Tensor],
     experts: Sequence[int] | None,
 ) -> None:
+    product = torch.mm if out_rows[0].dim() == 2 else torch.bmm
     for e in call.rows if experts is None else experts:
         row = call.rows[e][0]
-        torch.mm(in_rows[row], weights[e], out=out_rows[row])
+        product(in_rows[row], weights[e], out=out_rows[row])
         if biases is not None:
             out_rows[row].add_(biases[e])
 
