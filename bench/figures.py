@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -39,10 +40,16 @@ def number(axes: Axes, place: float, row: Row, text: str) -> None:
     axes.annotate(text, (place, row.p80), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=7)
 
 
+def lines(case: str) -> str:
+    """Break a shape's name into lines, to stand below a bar."""
+    experts, rest = case.split(", ", 1)
+    return f"{experts}\n{rest}"
+
+
 def provenance(figure: Figure, path: Path) -> None:
     cells = read(path)[-1]
     text = (
-        f"{cells['device']} · torch {cells['torch']}, transformers {cells['transformers']} · {cells['commit']} · "
+        f"{cells['device']}\ntorch {cells['torch']}, transformers {cells['transformers']} · {cells['commit']} · "
         f"{cells['date']} · bars: median, whiskers: p20 to p80"
     )
     figure.supxlabel(text, fontsize=6, color=GREY)
@@ -52,7 +59,7 @@ def resident(rows: Sequence[Row]) -> Figure:
     cases, metrics = unique([r.case for r in rows]), unique([r.metric for r in rows])
     stock = ("eager", "batched_mm", "grouped_mm")
     figure, panels = plt.subplots(
-        1, len(metrics), figsize=(3.6 * len(metrics), 3.7), layout="constrained", squeeze=False
+        1, len(metrics), figsize=(3.8 * len(metrics) + 1, 3.8), layout="constrained", squeeze=False
     )
     for axes, metric in zip(panels[0], metrics, strict=True):
         shown = [case for case in cases if find(rows, case, "ours / best", metric)]
@@ -67,33 +74,38 @@ def resident(rows: Sequence[Row]) -> Figure:
             assert share.target is not None
             roof = share.target * best.p50 / share.p50
             axes.hlines(roof, i - 0.42, i + 0.42, color=RED, lw=1.2, ls="--", label="target" if i == 0 else None)
-            number(axes, i + 0.3, best, f"{share.p50:.2f}x")
-        axes.set_xticks(range(len(shown)), [case.replace(", F", ",\nF") for case in shown], fontsize=7)
+            top = max((best, roof_row(best, roof)), key=lambda r: r.p80)
+            number(axes, i + 0.3, top, f"{share.p50:.2f}x")
+        axes.set_xticks(range(len(shown)), [lines(case) for case in shown], fontsize=6.5)
         axes.set_title(metric, fontsize=10)
         axes.set_ylabel("tokens/s")
         axes.margins(y=0.15)
-    panels[0][0].legend(fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     figure.suptitle("Everything resident: tokens/s; the number is ours over the best of the three", fontsize=10)
     return figure
+
+
+def roof_row(like: Row, height: float) -> Row:
+    return replace(like, p20=height, p50=height, p80=height)
 
 
 def overhead(rows: Sequence[Row]) -> Figure:
     cases = unique([r.case for r in rows])
     stages = unique([r.variant for r in rows if r.metric == "stage"])
     figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
-    colors = plt.get_cmap("Blues")([0.35 + 0.6 * i / len(stages) for i in range(len(stages))])
+    colors = ("#12365f", "#b9cbe2", "#2f74bd", "#9aa9bd", "#7fb0e0", "#5b6472")
     bottom = [0.0] * len(cases)
     for stage, color in zip(stages, colors, strict=True):
         values = [max(r.p50, 0.0) if (r := find(rows, case, stage, "stage")) else 0.0 for case in cases]
         axes.bar([i - 0.21 for i in range(len(cases))], values, 0.38, bottom=bottom, color=color, label=stage)
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     whole = [r for case in cases if (r := find(rows, case, "layer - products", "overhead"))]
-    bars(axes, [i + 0.21 for i in range(len(cases))], whole, 0.38, GREY, "layer - products")
+    bars(axes, [i + 0.21 for i in range(len(cases))], whole, 0.38, GOLD, "layer - products")
     for i, r in enumerate(whole):
         number(axes, i + 0.21, r, f"{r.p50:.0f}")
     target = next(r.target for r in whole if r.target)
     axes.axhline(target, color=RED, lw=1.2, ls="--", label=f"target: {target:g} us")
-    axes.set_xticks(range(len(cases)), [case.replace(", F", ",\nF") for case in cases], fontsize=7)
+    axes.set_xticks(range(len(cases)), [lines(case) for case in cases], fontsize=7)
     axes.set_ylabel("us per layer and decode step")
     axes.set_title("What a layer costs beside its matrix products, one token", fontsize=10)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

@@ -47,8 +47,8 @@ class ProMoEExperts(nn.Module):
         if not x_TD.is_cpu:
             raise PromoeError(f"the experts' slots are in RAM, but their input is on {x_TD.device}; move it to the CPU")
         layer = self._promoe
-        layer.model.enter(layer.index)
         try:
+            layer.model.enter(layer.index)
             layer.bind(self)
             y_TD = layer.run(layer.kernels.begin(x_TD, expert_ids_TA, weights_TA))
             layer.model.leave(layer.index, tokens=x_TD.shape[0])

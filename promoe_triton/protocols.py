@@ -148,19 +148,23 @@ class Link(Protocol):
     """Copies experts from a store into slots. Submitting never blocks; every wait is bounded."""
 
     def submit(self, transfer: Transfer) -> None:
-        """Queue a copy. The slot must stay occupied until the transfer is waited for or has settled."""
+        """Queue a copy. The slot must stay occupied until the transfer is waited for, or the link drained."""
         ...
 
     def wait(self, transfer: Transfer) -> ExpertTensors:
         """Return the tensors, views of the slot: work that the caller issues from now on sees the bytes.
 
         Raises PromoeError, naming the source and the offset, when the copy failed or made no progress within
-        the link's bound. A chunk may still be in flight after that: `cancel` tells.
+        the link's bound. A chunk may still be in flight after that: `drain` tells.
         """
         ...
 
-    def cancel(self, transfer: Transfer) -> bool:
-        """Start no further chunk of it. True once nothing of it is in flight, and its slot may be reused."""
+    def drain(self, patience: float) -> bool:
+        """Take every transfer back and start no further chunk.
+
+        True once nothing is in flight, and any slot may be reused; False where that takes more than `patience`
+        seconds. Call it again then: slots whose transfers have not settled must not be touched.
+        """
         ...
 
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from promoe_triton.layout import ExpertLayout
 from promoe_triton.links.disk import DiskLink
 from promoe_triton.memory import SlotMemory
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import Call, ExpertKey, Link, Part, Policy, Store, Transfer
+from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Link, Part, Policy, Store, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore
@@ -93,15 +95,19 @@ class LayerRuntime:
             kernels.activate(call)
             kernels.down(call, None)
             return kernels.combine(call)
-        fills = Fills(self, call.experts)
+        self.model.begin_change()
         try:
+            fills = Fills(self, call.experts)
             for wave in fills.up():
                 kernels.up(call, wave)
             kernels.activate(call)
             for wave in fills.down():
                 kernels.down(call, wave)
-        finally:
             fills.close()
+        except BaseException:
+            self.model.start_afresh(0.0)
+            raise
+        self.model.end_change()
         return kernels.combine(call)
 
     def check_resident(self) -> None:
@@ -126,8 +132,6 @@ class Fills:
         self._model = layer.model
         self._leased: list[ExpertKey] = []
         self._pending: dict[ExpertKey, Transfer] = {}
-        if self._model.abandoned:
-            self._model.reap()
         missing: list[ExpertKey] = []
         for expert in experts:
             key = layer.keys[expert]
@@ -215,17 +219,9 @@ class Fills:
         self._layer.kernels.place(key.expert, tensors)
 
     def close(self) -> None:
-        """Give all leases back. After an error: take out what is not whole, once nothing of it is in flight."""
-        for key, transfer in self._pending.items():
-            self._model.abandon(key, transfer, self._table)
-        self._pending.clear()
+        """Give all leases back."""
         for key in self._leased:
             self._table.release(key)
-        self._leased.clear()
-        for key in self._streamed:
-            if self._table.slot_of(key) is not None and key not in self._model.abandoned:
-                self._layer.kernels.remove(key.expert)
-                self._table.drop(key)
         self._layer.check_resident()
 
 
@@ -248,37 +244,24 @@ class ModelRuntime:
         self.counters = Counters()
         self.popularity = popularity
         self.originals: list[dict[str, nn.Parameter]] = []
-        self._lock = threading.Lock()
-        self.abandoned: dict[ExpertKey, tuple[Transfer, SlotTable]] = {}
+        self._lock = threading.RLock()
+        self._dirty = False
         self.link: Link | None = None
-        tables: Sequence[SlotTable | None] = [None] * len(layouts)
         if isinstance(store, CheckpointStore):
-            tables, self.link = self._open_slots(store)
+            self.link = self._open_link(store)
         self.layers = [
             LayerRuntime(self, index, module, layout, table)
-            for index, (module, layout, table) in enumerate(zip(modules, layouts, tables, strict=True))
+            for index, (module, layout, table) in enumerate(zip(modules, layouts, self._tables(), strict=True))
         ]
 
-    def _open_slots(self, store: CheckpointStore) -> tuple[list[SlotTable], Link]:
-        """Take memory for the slots, share it out, and start the link that fills them."""
+    def _open_link(self, store: CheckpointStore) -> Link:
+        """Take memory for the slots, and start the link that fills them."""
         budget, specs = self.budget, store.specs
-        memories: dict[Any, SlotMemory] = {}
+        memories: dict[ExpertSpec, SlotMemory] = {}
         for spec in dict.fromkeys(specs):
             layers = [i for i, other in enumerate(specs) if other == spec]
             memories[spec] = SlotMemory(sum(budget.slots_of_layer[i] for i in layers), budget.slot_bytes[layers[0]])
-        firsts = dict.fromkeys(memories, 0)
-        tables: list[SlotTable] = []
-        shared: dict[Any, SlotTable] = {}
-        for spec, slots in zip(specs, budget.slots_of_layer, strict=True):
-            if budget.shared:
-                if spec not in shared:
-                    shared[spec] = SlotTable(range(memories[spec].slots), self._policy())
-                tables.append(shared[spec])
-            else:
-                first = firsts[spec]
-                tables.append(SlotTable(range(first, first + slots), self._policy()))
-                firsts[spec] = first + slots
-        link = DiskLink(
+        return DiskLink(
             store,
             [memories[spec] for spec in specs],
             direct=direct_io(self.config, store, budget),
@@ -286,7 +269,21 @@ class ModelRuntime:
             chunk_bytes=self.config.chunk_bytes,
             timeout=self.config.io_timeout,
         )
-        return tables, link
+
+    def _tables(self) -> list[SlotTable | None]:
+        """Share the slots of each kind of expert out to its layers, or to one table for all of them."""
+        specs, shares = self.store.specs, self.budget.slots_of_layer
+        if self.link is None:
+            return [None] * len(specs)
+        firsts: Counter[ExpertSpec] = Counter()
+        ranges = []
+        for spec, slots in zip(specs, shares, strict=True):
+            ranges.append(range(firsts[spec], firsts[spec] + slots))
+            firsts[spec] += slots
+        if not self.budget.shared:
+            return [SlotTable(slots, self._policy()) for slots in ranges]
+        shared = {spec: SlotTable(range(slots), self._policy()) for spec, slots in firsts.items()}
+        return [shared[spec] for spec in specs]
 
     def _policy(self) -> Policy:
         return make_policy(self.config.policy, self.popularity)
@@ -328,8 +325,9 @@ class ModelRuntime:
             self.counters.leave(tokens)
 
     def release(self) -> None:
-        """Let the next forward in."""
-        self._lock.release()
+        """Let the next forward in, if this thread is the one inside."""
+        with suppress(RuntimeError):
+            self._lock.release()
 
     def open_link(self) -> Link:
         if self.link is None:
@@ -340,28 +338,33 @@ class ModelRuntime:
         table.drop(key)
         self.layers[key.layer].kernels.remove(key.expert)
 
-    def abandon(self, key: ExpertKey, transfer: Transfer, table: SlotTable) -> None:
-        """Take a transfer back; its slot stays occupied until nothing is in flight."""
-        if self.link is None or self.link.cancel(transfer):
-            table.drop(key)
-        else:
-            self.abandoned[key] = (transfer, table)
+    def begin_change(self) -> None:
+        """Before anything changes slots. Where a change has ended early, wherever that was, they start afresh.
 
-    def reap(self) -> None:
-        """Free the slots of abandoned transfers that have settled, waiting a bounded time for the others."""
-        deadline = time.monotonic() + self.config.io_timeout
-        while self.abandoned:
-            for key, (transfer, table) in list(self.abandoned.items()):
-                if self.open_link().cancel(transfer):
-                    table.drop(key)
-                    del self.abandoned[key]
-            if self.abandoned and time.monotonic() > deadline:
-                raise PromoeError(
-                    f"{len(self.abandoned)} interrupted reads have not ended in {self.config.io_timeout:g} s; "
-                    "the disk does not answer"
-                )
-            if self.abandoned:
-                time.sleep(0.001)
+        An interruption may come at any line: so a flag says that all is well only after the last one.
+        """
+        self.open_link()
+        if self._dirty:
+            self.start_afresh(self.config.io_timeout)
+        self._dirty = True
+
+    def end_change(self) -> None:
+        """After the last change of a call or of warming up."""
+        self._dirty = False
+
+    def start_afresh(self, patience: float) -> None:
+        """Forget what the slots hold. What is in flight must land first: stay dirty where that takes too long."""
+        if self.link is None:
+            return  # unpatched meanwhile
+        if not self.link.drain(patience):
+            if patience:
+                raise PromoeError(f"interrupted reads have not ended in {patience:g} s; the disk does not answer")
+            return
+        for layer, table in zip(self.layers, self._tables(), strict=True):
+            layer.table, layer.resident = table, False
+            for expert in range(layer.layout.experts):
+                layer.kernels.remove(expert)
+        self._dirty = False
 
     def warm(self) -> None:
         """Fill every slot, with the most popular experts where that is known, in the order of the store."""
@@ -380,6 +383,7 @@ class ModelRuntime:
         link = self.open_link()
         running: list[tuple[ExpertKey, SlotTable, Transfer]] = []
         progress = transformers_logging.tqdm(total=len(chosen), desc="Filling slots", leave=False)
+        self.begin_change()
         try:
             for key, table in chosen:
                 slot, _ = table.admit(key)
@@ -387,17 +391,17 @@ class ModelRuntime:
                 running.append((key, table, transfer))
                 link.submit(transfer)
                 if len(running) > 2 * self.config.depth:
-                    self._settle(*running[0])
-                    running.pop(0)
+                    self._settle(*running.pop(0))
                     progress.update(1)
-            while running:
-                self._settle(*running[0])
-                running.pop(0)
+            for item in running:
+                self._settle(*item)
                 progress.update(1)
+        except BaseException:
+            self.start_afresh(0.0)
+            raise
         finally:
             progress.close()
-            for key, table, transfer in running:
-                self.abandon(key, transfer, table)
+        self.end_change()
         for layer in self.layers:
             layer.check_resident()
 

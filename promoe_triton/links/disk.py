@@ -119,18 +119,29 @@ class DiskLink:
             del shared.jobs[transfer]
             return tensors
 
-    def cancel(self, transfer: Transfer) -> bool:
+    def _forget_if_settled(self, transfer: Transfer) -> None:
         shared = self._shared
-        with shared.changed:
-            if transfer not in shared.queue:
-                return True
+        if transfer in shared.queue:
             shared.queue.stop(transfer)
-            settled = shared.queue.settled(transfer)
-            if settled:
-                shared.queue.forget(transfer)
-                del shared.jobs[transfer]
-                shared.done.pop(transfer, None)
-            return settled
+            if not shared.queue.settled(transfer):
+                return
+            shared.queue.forget(transfer)
+        del shared.jobs[transfer]
+        shared.done.pop(transfer, None)
+
+    def drain(self, patience: float) -> bool:
+        shared = self._shared
+        deadline = time.monotonic() + patience
+        with shared.changed:
+            while shared.jobs:
+                for transfer in list(shared.jobs):
+                    self._forget_if_settled(transfer)
+                left = deadline - time.monotonic()
+                if shared.jobs and left <= 0:
+                    return False
+                if shared.jobs:
+                    shared.changed.wait(timeout=left)
+        return True
 
     def close(self) -> None:
         self._finalize()
@@ -154,6 +165,7 @@ def _work(shared: _Shared) -> None:
             with shared.changed:
                 shared.bytes_moved += moved
                 complete = shared.queue.landed(chunk)
+                shared.changed.notify_all()
             if complete:
                 _finish(shared, job, chunk.transfer)
         except BaseException as error:

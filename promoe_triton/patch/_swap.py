@@ -235,9 +235,23 @@ def install(
     if runtime.link is not None and config.warm:
         try:
             runtime.warm()
-        except BaseException:
-            unpatch(model)
+        except BaseException as failure:
+            _undo(model, runtime, failure)
             raise
+
+
+def _undo(model: nn.Module, runtime: ModelRuntime, failure: BaseException) -> None:
+    """Take a patch back whose slots could not be filled."""
+    if any(p.device.type == "meta" for layer in runtime.originals for p in layer.values()):
+        runtime.close()  # the model was being loaded: there is nothing to put back, and nobody has seen it
+        return
+    try:
+        unpatch(model)
+    except PromoeError as second:
+        raise PromoeError(
+            f"{failure}; and the weights could not be put back ({second}). The model stays patched: call it, or "
+            "unpatch it, once its files can be read again"
+        ) from failure
 
 
 def _empty(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> list[dict[str, nn.Parameter]]:

@@ -16,14 +16,23 @@ from promoe_triton.stores.safetensors_files import Unchanged
 logger = logging.getLogger(__name__)
 
 
+class _Handle:
+    """An open file that is closed with the last reference to it: a thread in the middle of a read holds one."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 class FileReader:
     """Open handles of a store's files. Any number of threads may read at once."""
 
     def __init__(self, unchanged: Unchanged, direct: bool) -> None:
         self.direct = direct
         self._unchanged = unchanged
-        self._handles: dict[Path, int] = {}
-        self._stale: list[int] = []
+        self._handles: dict[Path, _Handle] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> FileReader:
@@ -38,15 +47,13 @@ class FileReader:
         """Raise PromoeError unless `file` is still the one that was indexed."""
         if not self._unchanged.check(file):
             with self._lock:
-                if file in self._handles:
-                    # Another thread may be reading from it: it is closed with the rest.
-                    self._stale.append(self._handles.pop(file))
+                self._handles.pop(file, None)
 
-    def _open(self, file: Path) -> int:
+    def _open(self, file: Path) -> _Handle:
         with self._lock:
             handle = self._handles.get(file)
             if handle is None:
-                handle = self._handles[file] = self._open_anew(file)
+                handle = self._handles[file] = _Handle(self._open_anew(file))
             return handle
 
     def _open_anew(self, file: Path) -> int:
@@ -89,7 +96,7 @@ class FileReader:
         while done < needed:
             view = buffer[start + done : start + nbytes]
             try:
-                count = os.preadv(handle, [view], offset + done)
+                count = os.preadv(handle.descriptor, [view], offset + done)
             except OSError as error:
                 raise PromoeError(f"reading {file} at offset {offset + done}: {error.strerror}") from error
             reached = done + count
@@ -104,7 +111,4 @@ class FileReader:
 
     def close(self) -> None:
         with self._lock:
-            handles = [*self._handles.values(), *self._stale]
-            self._handles, self._stale = {}, []
-        for handle in handles:
-            os.close(handle)
+            self._handles.clear()
