@@ -1,0 +1,94 @@
+"""torch.compile goes around the layer: no graph break, one graph for all layers, the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from transformers import CompileConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import promoe_triton
+
+SLOTS = {"few": 6, "all": None}
+
+
+def build(layers: int = 2) -> Any:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = Qwen3MoeConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        num_experts=6,
+        num_experts_per_tok=2,
+        num_hidden_layers=layers,
+        **settings,
+    )
+    model = Qwen3MoeForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    return model
+
+
+IDS = torch.tensor([[3, 14, 15, 9, 26, 5]])
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_fullgraph(slots: str, backend: str) -> None:
+    model = build()
+    with torch.no_grad():
+        want = model(IDS).logits
+        promoe_triton.patch(model, slots=SLOTS[slots], store="spool")
+        compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
+        for _ in range(2):
+            assert torch.equal(compiled(IDS).logits, want)
+    assert promoe_triton.stats(model).hits > 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_regional_compile_of_sixteen_layers_makes_one_graph() -> None:
+    model = build(layers=16)
+    with torch.no_grad():
+        want = model(IDS, use_cache=False).logits
+        promoe_triton.patch(model, slots=48, store="spool")
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, backend=counter)
+        # (A cache is indexed by each layer's own number, which makes any model compile once for each.)
+        assert torch.equal(model(IDS, use_cache=False).logits, want)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("slots", SLOTS)
+def test_generate_with_a_static_cache(slots: str) -> None:
+    model = build()
+    want = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    promoe_triton.patch(model, slots=SLOTS[slots], store="spool")
+    settings = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    settings._compile_all_devices = True
+    got = model.generate(IDS, max_new_tokens=5, do_sample=False, cache_implementation="static", compile_config=settings)
+    assert torch.equal(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inductor() -> None:
+    model = build()
+    with torch.no_grad():
+        want = model(IDS).logits
+        promoe_triton.patch(model, slots=6, store="spool")
+        got = torch.compile(model, fullgraph=True)(IDS).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # inductor fuses the dense part and rounds otherwise
+    assert torch.equal(got.argmax(-1), want.argmax(-1))
