@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from math import ceil
 
+from promoe_triton.memory import round_up
 from promoe_triton.protocols import Chunk, Transfer
 
 
@@ -43,7 +45,10 @@ class TransferQueue:
         transfer = next(iter(self._waiting))
         progress = self._progress[transfer]
         begin = progress.cursor
-        end = progress.nbytes if progress.whole else min(begin + budget, progress.nbytes)
+        left = progress.nbytes - begin
+        # Chunks of equal size: a small last one costs nearly as much as a large one.
+        chunk = left if progress.whole else min(left, budget, round_up(ceil(left / ceil(left / budget))))
+        end = begin + chunk
         progress.cursor = end
         progress.in_flight += 1
         if end == progress.nbytes:
@@ -70,6 +75,9 @@ class TransferQueue:
         """Hand out no further chunk of this transfer."""
         self._progress[transfer].stopped = True
         self._waiting.pop(transfer, None)
+
+    def stopped(self, transfer: Transfer) -> bool:
+        return self._progress[transfer].stopped
 
     def settled(self, transfer: Transfer) -> bool:
         """Whether nothing of this transfer is in flight or will be."""

@@ -693,7 +693,7 @@ def rss_anon(pid: int) -> int:
 
 
 MEMORY_CHILD = """
-import gc, json, sys
+import ctypes, gc, json, sys
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
@@ -715,6 +715,11 @@ for name, parameter in skeleton.named_parameters():
 def wait():
     assert input()
 
+def collect():
+    gc.collect()
+    # What the allocator keeps for later would be taken by the next step without being seen.
+    ctypes.CDLL(None).malloc_trim(0)
+
 print(json.dumps(sizes), flush=True)
 wait()
 model = skeleton.to_empty(device="cpu").eval()
@@ -728,7 +733,7 @@ print("patched", flush=True)
 wait()
 model.save_pretrained(folder + "/model", max_shard_size="50MB")
 del model
-gc.collect()
+collect()
 print("saved", flush=True)
 wait()
 model = promoe_triton.from_pretrained(folder + "/model", slots=4)
@@ -736,7 +741,7 @@ model(torch.tensor([[1, 2, 3]]))
 print("loaded", flush=True)
 wait()
 del model
-gc.collect()
+collect()
 print("gone", flush=True)
 wait()
 model = Qwen3MoeForCausalLM.from_pretrained(folder + "/model")

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 
 from promoe_triton.errors import PromoeError
 from promoe_triton.memory import SlotMemory
@@ -27,6 +28,7 @@ class _Job:
     memory: SlotMemory
     extents: list[Extent]
     ends: list[int]
+    files: set[Path]
 
 
 @dataclass(slots=True)
@@ -40,9 +42,15 @@ class _Shared:
     queue: TransferQueue = field(default_factory=TransferQueue)
     jobs: dict[Transfer, _Job] = field(default_factory=dict)
     done: dict[Transfer, ExpertTensors] = field(default_factory=dict)
-    changed: threading.Condition = field(default_factory=threading.Condition)
     bytes_moved: int = 0
     closed: bool = False
+    # Two conditions over one lock: a thread that is woken in vain takes the interpreter from one that is not.
+    work: threading.Condition = field(init=False)
+    settled: threading.Condition = field(init=False)
+
+    def __post_init__(self) -> None:
+        lock = threading.RLock()
+        self.work, self.settled = threading.Condition(lock), threading.Condition(lock)
 
 
 class DiskLink:
@@ -91,18 +99,19 @@ class DiskLink:
             memory=shared.memory_of_layer[transfer.key.layer],
             extents=extents,
             ends=list(accumulate(extent.nbytes for extent in extents)),
+            files={extent.file for extent in extents if not whole},
         )
-        with shared.changed:
+        with shared.work:
             shared.jobs[transfer] = job
             shared.queue.push(transfer, job.ends[-1], whole)
-            shared.changed.notify_all()
+            shared.work.notify_all()
 
     def wait(self, transfer: Transfer) -> ExpertTensors:
         shared = self._shared
-        with shared.changed:
+        with shared.settled:
             moved, since = shared.bytes_moved, time.monotonic()
             while transfer not in shared.done and transfer not in shared.queue.errors:
-                shared.changed.wait(timeout=min(self._timeout, 1.0))
+                shared.settled.wait(timeout=min(self._timeout, 1.0))
                 if shared.bytes_moved != moved:
                     moved, since = shared.bytes_moved, time.monotonic()
                 elif time.monotonic() - since >= self._timeout:
@@ -132,7 +141,7 @@ class DiskLink:
     def drain(self, patience: float) -> bool:
         shared = self._shared
         deadline = time.monotonic() + patience
-        with shared.changed:
+        with shared.settled:
             while shared.jobs:
                 for transfer in list(shared.jobs):
                     self._forget_if_settled(transfer)
@@ -140,7 +149,7 @@ class DiskLink:
                 if shared.jobs and left <= 0:
                     return False
                 if shared.jobs:
-                    shared.changed.wait(timeout=left)
+                    shared.settled.wait(timeout=left)
         return True
 
     def close(self) -> None:
@@ -152,26 +161,31 @@ def _name(transfer: Transfer) -> str:
 
 
 def _work(shared: _Shared) -> None:
-    while True:
-        with shared.changed:
-            chunk = None
-            while not shared.closed and (chunk := shared.queue.next_chunk(shared.chunk_bytes)) is None:
-                shared.changed.wait()
-            if chunk is None:
-                return
-            job = shared.jobs[chunk.transfer]
+    while (chunk := _next(shared)) is not None:
+        job = shared.jobs[chunk.transfer]
         try:
             moved = _copy(shared, job, chunk)
-            with shared.changed:
+            with shared.settled:
                 shared.bytes_moved += moved
                 complete = shared.queue.landed(chunk)
-                shared.changed.notify_all()
+                if shared.queue.stopped(chunk.transfer):
+                    shared.settled.notify_all()
             if complete:
                 _finish(shared, job, chunk.transfer)
         except BaseException as error:
-            with shared.changed:
+            with shared.settled:
                 shared.queue.failed(chunk, error)
-                shared.changed.notify_all()
+                shared.settled.notify_all()
+
+
+def _next(shared: _Shared) -> Chunk | None:
+    """Wait for the next chunk; None when the link closes."""
+    with shared.work:
+        while not shared.closed:
+            if (chunk := shared.queue.next_chunk(shared.chunk_bytes)) is not None:
+                return chunk
+            shared.work.wait()
+    return None
 
 
 def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
@@ -180,6 +194,9 @@ def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
     if shared.store.staged(transfer.key.layer):
         slot = job.memory.slot(transfer.slot)
         return shared.store.convert(transfer.key, transfer.part, job.image, slot, reader)
+    if chunk.begin == 0:
+        for file in job.files:
+            reader.check(file)  # opens it anew where it was exchanged for an equal one
     base = transfer.slot * job.memory.slot_bytes
     at = chunk.begin
     index = bisect.bisect_right(job.ends, at)
@@ -187,8 +204,6 @@ def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
         extent = job.extents[index]
         skip = at - (job.ends[index] - extent.nbytes)
         nbytes = min(extent.nbytes - skip, chunk.end - at)
-        if skip == 0:
-            reader.check(extent.file)
         reader.read_into(
             extent.file,
             extent.offset + skip,
@@ -204,22 +219,22 @@ def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
 
 def _finish(shared: _Shared, job: _Job, transfer: Transfer) -> None:
     """Put the last bytes in place and report the tensors."""
-    for file in {extent.file for extent in job.extents if not shared.store.staged(transfer.key.layer)}:
+    for file in job.files:
         # Only a file that is still the same after the last read has surely been the same at the first.
         shared.reader.check(file)
     slot = job.memory.slot(transfer.slot)
     apply_moves(job.image, transfer.part, slot)
     tensors = {tensor.spec.name: tensor.view(slot) for tensor in job.image.of(transfer.part)}
-    with shared.changed:
+    with shared.settled:
         shared.queue.finished(transfer)
         shared.done[transfer] = tensors
-        shared.changed.notify_all()
+        shared.settled.notify_all()
 
 
 def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
-    with shared.changed:
+    with shared.work:
         shared.closed = True
-        shared.changed.notify_all()
+        shared.work.notify_all()
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(timeout=10.0)

@@ -35,6 +35,7 @@ class CheckpointStore:
         self._description = description
         files = {ref.file for layer in sources for s in layer.values() for refs in s.refs.values() for ref in refs}
         self.unchanged = Unchanged(sorted(files))
+        self._images: dict[tuple[ExpertKey, bool], SlotImage] = {}
         self._staging: SlotMemory | None = None
         self._staging_lock = threading.Lock()
 
@@ -55,6 +56,11 @@ class CheckpointStore:
 
     def image(self, key: ExpertKey, direct: bool) -> SlotImage:
         """Lay out one expert in a slot. A staged expert's tensors are at rest nowhere: they have no extents."""
+        if (known := self._images.get((key, direct))) is None:
+            known = self._images[key, direct] = self._image(key, direct)
+        return known
+
+    def _image(self, key: ExpertKey, direct: bool) -> SlotImage:
         spec = self._specs[key.layer]
         staged = self.staged(key.layer)
         pieces: dict[str, Sequence[Piece]] = {
@@ -75,7 +81,7 @@ class CheckpointStore:
         """Return the room that the layer's most demanding expert needs, read in whichever way."""
         if self.staged(layer):
             experts = 1
-        images = (self.image(ExpertKey(layer, e), direct) for e in range(experts) for direct in (False, True))
+        images = (self._image(ExpertKey(layer, e), direct) for e in range(experts) for direct in (False, True))
         return round_up(max(image.slot_bytes for image in images))
 
     def convert(self, key: ExpertKey, part: Part, image: SlotImage, slot: Tensor, reader: FileReader) -> int:

@@ -8,6 +8,7 @@ read along. What cannot lie so, because its pieces are apart in the file, lands 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +85,7 @@ class SlotImage:
 
 def view_bytes(buffer: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """View bytes of a uint8 buffer as a tensor; `start` must be a multiple of the dtype's size."""
-    nbytes = dtype.itemsize
-    for size in shape:
-        nbytes *= size
-    return buffer[start : start + nbytes].view(dtype).view(shape)
+    return buffer.narrow(0, start, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def merge(pieces: Sequence[Piece]) -> list[Piece]:
