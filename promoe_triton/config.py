@@ -73,7 +73,7 @@ class Config:
     store: StoreKind = "auto"
     spool_dir: Path | str | None = None
     io: IO = "auto"
-    depth: int = 2
+    depth: int = 4
     chunk: int | str = "4MiB"
     partition: Partition = "auto"
     policy: str = "lru"

@@ -7,12 +7,7 @@ import mmap
 import torch
 from torch import Tensor
 
-PAGE = 4096
-"""Alignment of slots and of direct reads, in bytes."""
-
-
-def round_up(nbytes: int, multiple: int = PAGE) -> int:
-    return -(-nbytes // multiple) * multiple
+from promoe_triton.protocols import PAGE, round_up
 
 
 class SlotMemory:

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from promoe_triton.layout import ExpertLayout
 
 
+PAGE = 4096
+"""Alignment of slots, of chunks and of direct reads, in bytes."""
+
+
+def round_up(nbytes: int, multiple: int = PAGE) -> int:
+    return -(-nbytes // multiple) * multiple
+
+
 class ExpertKey(NamedTuple):
     """One expert of the model: ``layer`` counts the patched expert modules in the model's own order."""
 

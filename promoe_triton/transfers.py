@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from promoe_triton.memory import round_up
-from promoe_triton.protocols import Chunk, Transfer
+from promoe_triton.protocols import Chunk, Transfer, round_up
 
 
 @dataclass(slots=True)
 class _Progress:
-    nbytes: int
+    ends: Sequence[int]
     whole: bool
     cursor: int = 0
     landed: int = 0
     in_flight: int = 0
     stopped: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.ends[-1]
 
 
 class TransferQueue:
@@ -34,9 +39,13 @@ class TransferQueue:
     def __contains__(self, transfer: Transfer) -> bool:
         return transfer in self._progress
 
-    def push(self, transfer: Transfer, nbytes: int, whole: bool) -> None:
-        """Queue a transfer of `nbytes`; `whole` ones are handed out as a single chunk."""
-        self._progress[transfer] = _Progress(nbytes, whole)
+    def push(self, transfer: Transfer, ends: Sequence[int], whole: bool = False) -> None:
+        """Queue a transfer of so many bytes as its last end says.
+
+        No chunk goes past an end (where one range of a file is followed by another), except that `whole` ones are
+        handed out as a single chunk.
+        """
+        self._progress[transfer] = _Progress(ends, whole)
         self._waiting[transfer] = None
 
     def next_chunk(self, budget: int) -> Chunk | None:
@@ -45,10 +54,12 @@ class TransferQueue:
         transfer = next(iter(self._waiting))
         progress = self._progress[transfer]
         begin = progress.cursor
-        left = progress.nbytes - begin
-        # Chunks of equal size: a small last one costs nearly as much as a large one.
-        chunk = left if progress.whole else min(left, budget, round_up(ceil(left / ceil(left / budget))))
-        end = begin + chunk
+        if progress.whole:
+            end = progress.nbytes
+        else:
+            left = progress.ends[bisect.bisect_right(progress.ends, begin)] - begin
+            # Chunks of equal size: a small last one costs nearly as much as a large one.
+            end = begin + min(left, budget, round_up(ceil(left / ceil(left / budget))))
         progress.cursor = end
         progress.in_flight += 1
         if end == progress.nbytes:

@@ -23,9 +23,9 @@ from zoo import FAMILIES
 
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
-from promoe_triton.memory import PAGE, SlotMemory, round_up
+from promoe_triton.memory import SlotMemory
 from promoe_triton.patch._swap import checkpoint_store, find_experts
-from promoe_triton.protocols import ExpertKey, ExpertSpec, Part, TensorSpec
+from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, Part, TensorSpec, round_up
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves, same_tensors
 from promoe_triton.stores.conversion import ParameterSource
 from promoe_triton.stores.host import HostStore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, cast
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from promoe_triton.protocols import Chunk, ExpertKey, Part, Transfer
+from promoe_triton.protocols import PAGE, Chunk, ExpertKey, Part, Transfer
 from promoe_triton.transfers import TransferQueue
 
 KEY = ExpertKey(0, 0)
@@ -21,7 +22,7 @@ class Expected:
     """What should be known of one transfer; `out` are chunks that have neither landed nor failed."""
 
     transfer: Transfer
-    nbytes: int
+    ends: list[int]
     whole: bool
     cursor: int = 0
     landed: int = 0
@@ -29,6 +30,10 @@ class Expected:
     stopped: bool = False
     touching: bool = False
     error: BaseException | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.ends[-1]
 
     @property
     def waiting(self) -> bool:
@@ -49,13 +54,14 @@ class Queue(RuleBasedStateMachine):
     def pick(self, data: st.DataObject, among: list[Expected]) -> Expected:
         return among[data.draw(st.integers(0, len(among) - 1))]
 
-    @rule(nbytes=st.integers(1, 50), whole=st.booleans(), slot=st.integers(0, 1))
-    def push(self, nbytes: int, whole: bool, slot: int) -> None:
+    @rule(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3), whole=st.booleans(), slot=st.integers(0, 1))
+    def push(self, sizes: list[int], whole: bool, slot: int) -> None:
         # The same expert and slot again is another transfer.
         transfer = Transfer(key=KEY, part=Part.WHOLE, slot=slot)
         assert transfer not in self.queue
-        self.queue.push(transfer, nbytes, whole)
-        self.known.append(Expected(transfer, nbytes, whole))
+        ends = list(accumulate(sizes))
+        self.queue.push(transfer, ends, whole)
+        self.known.append(Expected(transfer, ends, whole))
 
     @rule(budget=st.integers(1, 20))
     def next_chunk(self, budget: int) -> None:
@@ -67,7 +73,11 @@ class Queue(RuleBasedStateMachine):
         assert chunk is not None
         assert chunk.transfer is first.transfer
         assert chunk.begin == first.cursor
-        assert chunk.end == (first.nbytes if first.whole else min(first.cursor + budget, first.nbytes))
+        if first.whole:
+            assert chunk.end == first.nbytes
+        else:
+            assert 0 < chunk.end - chunk.begin <= budget
+            assert chunk.end <= next(end for end in first.ends if end > first.cursor), "a chunk lies in one range"
         first.cursor = chunk.end
         first.out.append(chunk)
 
@@ -150,20 +160,20 @@ TestQueue.settings = settings(max_examples=150, stateful_step_count=40, deadline
 
 @settings(deadline=None)
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 100), st.booleans()), min_size=1, max_size=5),
+    wanted=st.lists(st.tuples(st.lists(st.integers(1, 60), min_size=1, max_size=3), st.booleans()), min_size=1),
     budgets=st.lists(st.integers(1, 40), min_size=1),
 )
-def test_each_byte_is_handed_out_once_and_in_order(sizes: list[tuple[int, bool]], budgets: list[int]) -> None:
+def test_each_byte_is_handed_out_once_and_in_order(wanted: list[tuple[list[int], bool]], budgets: list[int]) -> None:
     queue = TransferQueue()
-    transfers = [Transfer(key=KEY, part=Part.WHOLE, slot=0) for _ in sizes]
-    for transfer, (nbytes, whole) in zip(transfers, sizes, strict=True):
-        queue.push(transfer, nbytes, whole)
+    transfers = [Transfer(key=KEY, part=Part.WHOLE, slot=0) for _ in wanted]
+    for transfer, (sizes, whole) in zip(transfers, wanted, strict=True):
+        queue.push(transfer, list(accumulate(sizes)), whole)
     chunks: list[Chunk] = []
     while (chunk := queue.next_chunk(budgets[len(chunks) % len(budgets)])) is not None:
         chunks.append(chunk)
-    for transfer, (nbytes, whole) in zip(transfers, sizes, strict=True):
+    for transfer, (sizes, whole) in zip(transfers, wanted, strict=True):
         mine = [chunk for chunk in chunks if chunk.transfer is transfer]
-        assert [byte for chunk in mine for byte in range(chunk.begin, chunk.end)] == list(range(nbytes))
+        assert [byte for chunk in mine for byte in range(chunk.begin, chunk.end)] == list(range(sum(sizes)))
         assert len(mine) == 1 or not whole
     assert [chunk.transfer for chunk in chunks] == sorted((chunk.transfer for chunk in chunks), key=transfers.index), (
         "first come, first served"
@@ -179,9 +189,9 @@ def test_each_byte_is_handed_out_once_and_in_order(sizes: list[tuple[int, bool]]
 def test_a_transfer_pushed_while_another_is_half_out_waits_its_turn() -> None:
     queue = TransferQueue()
     first, second = (Transfer(key=KEY, part=Part.WHOLE, slot=slot) for slot in range(2))
-    queue.push(first, 10, whole=False)
+    queue.push(first, [10])
     assert queue.next_chunk(4) == Chunk(transfer=first, begin=0, end=4)
-    queue.push(second, 3, whole=False)
+    queue.push(second, [3])
     out = [queue.next_chunk(4) for _ in range(4)]
     assert out == [
         Chunk(transfer=first, begin=4, end=8),
@@ -191,10 +201,23 @@ def test_a_transfer_pushed_while_another_is_half_out_waits_its_turn() -> None:
     ]
 
 
+@settings(deadline=None)
+@given(pages=st.lists(st.integers(1, 100), min_size=1, max_size=4), budget=st.integers(1, 40))
+def test_a_range_is_cut_into_equal_chunks(pages: list[int], budget: int) -> None:
+    queue = TransferQueue()
+    ends = [PAGE * end for end in accumulate(pages)]
+    queue.push(Transfer(key=KEY, part=Part.WHOLE, slot=0), ends)
+    taken = list(iter(lambda: queue.next_chunk(PAGE * budget), None))
+    for end, size in zip(ends, pages, strict=True):
+        chunks = [(c.end - c.begin) // PAGE for c in taken if end - PAGE * size <= c.begin < end]
+        assert len(chunks) == -(-size // budget), "as few as the budget allows"
+        assert max(chunks) - min(chunks) <= 1, "whole pages, as equal as can be"
+
+
 def test_nothing_more_of_a_stopped_transfer() -> None:
     queue = TransferQueue()
     transfer = Transfer(key=KEY, part=Part.WHOLE, slot=0)
-    queue.push(transfer, 10, whole=False)
+    queue.push(transfer, [10])
     chunk = queue.next_chunk(4)
     assert chunk is not None
     queue.stop(transfer)
@@ -207,7 +230,7 @@ def test_nothing_more_of_a_stopped_transfer() -> None:
 def test_the_last_bytes_of_a_stopped_transfer_do_not_complete_it() -> None:
     queue = TransferQueue()
     transfer = Transfer(key=KEY, part=Part.WHOLE, slot=0)
-    queue.push(transfer, 10, whole=True)
+    queue.push(transfer, [10], whole=True)
     chunk = queue.next_chunk(4)
     assert chunk is not None
     queue.stop(transfer)
@@ -218,7 +241,7 @@ def test_the_last_bytes_of_a_stopped_transfer_do_not_complete_it() -> None:
 def test_transfers_are_told_apart_by_identity() -> None:
     one, other = (Transfer(key=KEY, part=Part.WHOLE, slot=0) for _ in range(2))
     queue = TransferQueue()
-    queue.push(one, 1, whole=False)
+    queue.push(one, [1])
     assert one in queue
     assert other not in queue
     with pytest.raises(KeyError):

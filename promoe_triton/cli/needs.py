@@ -14,8 +14,8 @@ from promoe_triton.budget import LayerNeed, available_memory, plan_slots
 from promoe_triton.cli.generation import check_exists
 from promoe_triton.errors import PromoeError
 from promoe_triton.loading import _room_for_context, _skeleton
-from promoe_triton.memory import round_up
 from promoe_triton.patch._swap import checkpoint_store, find_experts
+from promoe_triton.protocols import round_up
 from promoe_triton.stores.resolve import resolve_files
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)

@@ -103,7 +103,7 @@ class DiskLink:
         )
         with shared.work:
             shared.jobs[transfer] = job
-            shared.queue.push(transfer, job.ends[-1], whole)
+            shared.queue.push(transfer, job.ends, whole)
             shared.work.notify_all()
 
     def wait(self, transfer: Transfer) -> ExpertTensors:
@@ -197,24 +197,19 @@ def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
     if chunk.begin == 0:
         for file in job.files:
             reader.check(file)  # opens it anew where it was exchanged for an equal one
-    base = transfer.slot * job.memory.slot_bytes
-    at = chunk.begin
-    index = bisect.bisect_right(job.ends, at)
-    while at < chunk.end:
-        extent = job.extents[index]
-        skip = at - (job.ends[index] - extent.nbytes)
-        nbytes = min(extent.nbytes - skip, chunk.end - at)
-        reader.read_into(
-            extent.file,
-            extent.offset + skip,
-            nbytes,
-            job.memory.view,
-            base + extent.slot_offset + skip,
-            needed=min(nbytes, extent.needed - skip),
-        )
-        at += nbytes
-        index += 1
-    return chunk.end - chunk.begin
+    index = bisect.bisect_right(job.ends, chunk.begin)
+    extent = job.extents[index]
+    skip = chunk.begin - (job.ends[index] - extent.nbytes)
+    nbytes = chunk.end - chunk.begin
+    reader.read_into(
+        extent.file,
+        extent.offset + skip,
+        nbytes,
+        job.memory.view,
+        transfer.slot * job.memory.slot_bytes + extent.slot_offset + skip,
+        needed=min(nbytes, extent.needed - skip),
+    )
+    return nbytes
 
 
 def _finish(shared: _Shared, job: _Job, transfer: Transfer) -> None:

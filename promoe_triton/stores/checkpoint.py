@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from promoe_triton.memory import PAGE, SlotMemory, round_up
-from promoe_triton.protocols import ExpertKey, ExpertSpec, ExpertTensors, Part
+from promoe_triton.memory import SlotMemory
+from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, ExpertTensors, Part, round_up
 from promoe_triton.stores.conversion import ParameterSource
 from promoe_triton.stores.image import Piece, SlotImage, slot_image
 from promoe_triton.stores.reader import FileReader

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from promoe_triton.memory import PAGE, round_up
-from promoe_triton.protocols import ExpertSpec, Part, TensorSpec
+from promoe_triton.protocols import PAGE, ExpertSpec, Part, TensorSpec, round_up
 
 ALIGN = 64
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from promoe_triton.errors import PromoeError
-from promoe_triton.memory import PAGE, round_up
+from promoe_triton.protocols import PAGE, round_up
 from promoe_triton.stores.safetensors_files import Unchanged
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from promoe_triton.config import format_size
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
-from promoe_triton.memory import PAGE, round_up
+from promoe_triton.protocols import PAGE, round_up
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.conversion import ParameterSource
 from promoe_triton.stores.safetensors_files import DTYPES, read_header
