@@ -299,11 +299,11 @@ class TestImage:
 
     def read(self, image: SlotImage, part: Part, reader: FileReader, memory: SlotMemory, slot: int) -> None:
         base = slot * memory.slot_bytes
-        for tensor in image.of(part):
+        for tensor in image.of(part).tensors:
             for extent in tensor.extents:
                 place = base + extent.slot_offset
                 reader.read_into(extent.file, extent.offset, extent.nbytes, memory.view, place, extent.needed)
-        apply_moves(image, part, memory.slot(slot))
+        apply_moves(image.of(part), memory.slot(slot))
 
     @pytest.mark.parametrize("io", READERS)
     @settings(deadline=None, max_examples=200)
@@ -619,7 +619,7 @@ class TestConversionThroughStaging:
             image = store.image(key, READERS[io])
             slot = SlotMemory(1, store.slot_bytes(0, 3)).slot(0)
             with FileReader(store.unchanged, READERS[io]) as reader:
-                moved = store.convert(key, Part.WHOLE, image, slot, reader)
+                moved = store.convert(key, image, slot, reader)
             assert moved == rows * 5 * dtype.itemsize
             assert torch.equal(image.tensors[0].view(slot), weights[expert].to(wanted))
 

@@ -8,27 +8,24 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from pathlib import Path
+from typing import Any
 
 from promoe_triton.errors import PromoeError
 from promoe_triton.memory import SlotMemory
 from promoe_triton.protocols import Chunk, ExpertTensors, Transfer
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
-from promoe_triton.stores.image import Extent, SlotImage
+from promoe_triton.stores.image import SlotImage
 from promoe_triton.stores.reader import FileReader
 from promoe_triton.transfers import TransferQueue
 
 
 @dataclass(slots=True)
 class _Job:
-    """A transfer with the places its bytes go to; `ends` are the running totals of its extents."""
+    """A transfer with the places its bytes go to. Staged experts are read from files by their store."""
 
     image: SlotImage
     memory: SlotMemory
-    extents: list[Extent]
-    ends: list[int]
-    files: set[Path]
+    staged: bool
 
 
 @dataclass(slots=True)
@@ -42,6 +39,7 @@ class _Shared:
     queue: TransferQueue = field(default_factory=TransferQueue)
     jobs: dict[Transfer, _Job] = field(default_factory=dict)
     done: dict[Transfer, ExpertTensors] = field(default_factory=dict)
+    last_views: dict[tuple[int, int], tuple[Any, ExpertTensors]] = field(default_factory=dict)
     bytes_moved: int = 0
     closed: bool = False
     # Two conditions over one lock: a thread that is woken in vain takes the interpreter from one that is not.
@@ -51,6 +49,14 @@ class _Shared:
     def __post_init__(self) -> None:
         lock = threading.RLock()
         self.work, self.settled = threading.Condition(lock), threading.Condition(lock)
+
+    def views(self, job: _Job, slot: int) -> ExpertTensors:
+        """Return a slot's tensors; most experts of a layer lie in a slot just as the one before them did."""
+        places, tensors = self.last_views.get((id(job.memory), slot), (None, {}))
+        if places != job.image.places:
+            places, tensors = job.image.places, job.image.views(job.memory.slot(slot))
+            self.last_views[id(job.memory), slot] = places, tensors
+        return tensors
 
 
 class DiskLink:
@@ -90,20 +96,12 @@ class DiskLink:
         shared = self._shared
         if shared.closed:
             raise PromoeError("this model's reading threads have been stopped; patch the model again")
-        store = shared.store
-        image = store.image(transfer.key, shared.reader.direct)
-        whole = store.staged(transfer.key.layer)
-        extents = [e for tensor in image.of(transfer.part) for e in tensor.extents]
-        job = _Job(
-            image=image,
-            memory=shared.memory_of_layer[transfer.key.layer],
-            extents=extents,
-            ends=list(accumulate(extent.nbytes for extent in extents)),
-            files={extent.file for extent in extents if not whole},
-        )
+        store, layer = shared.store, transfer.key.layer
+        image = store.image(transfer.key, shared.reader.direct).of(transfer.part)
+        job = _Job(image, shared.memory_of_layer[layer], store.staged(layer))
         with shared.work:
             shared.jobs[transfer] = job
-            shared.queue.push(transfer, job.ends, whole)
+            shared.queue.push(transfer, image.ends, whole=job.staged)
             shared.work.notify_all()
 
     def wait(self, transfer: Transfer) -> ExpertTensors:
@@ -115,7 +113,7 @@ class DiskLink:
                 if shared.bytes_moved != moved:
                     moved, since = shared.bytes_moved, time.monotonic()
                 elif time.monotonic() - since >= self._timeout:
-                    first = shared.jobs[transfer].extents[0]
+                    first = shared.jobs[transfer].image.extents[0]
                     raise PromoeError(
                         f"no byte arrived for {self._timeout:g} s while waiting for {_name(transfer)} from "
                         f"{first.file} at offset {first.offset}"
@@ -190,16 +188,15 @@ def _next(shared: _Shared) -> Chunk | None:
 
 def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
     """Read one chunk into its slot; return the bytes read."""
-    transfer, reader = chunk.transfer, shared.reader
-    if shared.store.staged(transfer.key.layer):
-        slot = job.memory.slot(transfer.slot)
-        return shared.store.convert(transfer.key, transfer.part, job.image, slot, reader)
+    transfer, image, reader = chunk.transfer, job.image, shared.reader
+    if job.staged:
+        return shared.store.convert(transfer.key, image, job.memory.slot(transfer.slot), reader)
     if chunk.begin == 0:
-        for file in job.files:
+        for file in image.files:
             reader.check(file)  # opens it anew where it was exchanged for an equal one
-    index = bisect.bisect_right(job.ends, chunk.begin)
-    extent = job.extents[index]
-    skip = chunk.begin - (job.ends[index] - extent.nbytes)
+    index = bisect.bisect_right(image.ends, chunk.begin)
+    extent = image.extents[index]
+    skip = chunk.begin - (image.ends[index] - extent.nbytes)
     nbytes = chunk.end - chunk.begin
     reader.read_into(
         extent.file,
@@ -214,12 +211,12 @@ def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
 
 def _finish(shared: _Shared, job: _Job, transfer: Transfer) -> None:
     """Put the last bytes in place and report the tensors."""
-    for file in job.files:
-        # Only a file that is still the same after the last read has surely been the same at the first.
-        shared.reader.check(file)
-    slot = job.memory.slot(transfer.slot)
-    apply_moves(job.image, transfer.part, slot)
-    tensors = {tensor.spec.name: tensor.view(slot) for tensor in job.image.of(transfer.part)}
+    if not job.staged:
+        for file in job.image.files:
+            # Only a file that is still the same after the last read has surely been the same at the first.
+            shared.reader.check(file)
+        apply_moves(job.image, job.memory.slot(transfer.slot))
+    tensors = shared.views(job, transfer.slot)
     with shared.settled:
         shared.queue.finished(transfer)
         shared.done[transfer] = tensors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from promoe_triton.memory import SlotMemory
-from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, ExpertTensors, Part, round_up
+from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, ExpertTensors, round_up
 from promoe_triton.stores.conversion import ParameterSource
 from promoe_triton.stores.image import Piece, SlotImage, slot_image
 from promoe_triton.stores.reader import FileReader
@@ -81,17 +81,17 @@ class CheckpointStore:
         """Return the room that the layer's most demanding expert needs, read in whichever way."""
         if self.staged(layer):
             experts = 1
-        images = (self._image(ExpertKey(layer, e), direct) for e in range(experts) for direct in (False, True))
+        images = (self.image(ExpertKey(layer, e), direct) for e in range(experts) for direct in (False, True))
         return round_up(max(image.slot_bytes for image in images))
 
-    def convert(self, key: ExpertKey, part: Part, image: SlotImage, slot: Tensor, reader: FileReader) -> int:
+    def convert(self, key: ExpertKey, image: SlotImage, slot: Tensor, reader: FileReader) -> int:
         """Read one expert's tensors through the staging buffer, convert them and write them into the slot.
 
         Returns the bytes read. One expert at a time, whatever the number of threads.
         """
         moved = 0
         with self._staging_lock:
-            for target in image.of(part):
+            for target in image.tensors:
                 source = self._sources[key.layer][target.spec.name]
                 shares = source.shares(key.expert)
                 staging = self._stage(sum(round_up(ref.nbytes) + 2 * PAGE for ref in shares.values()))
@@ -120,21 +120,21 @@ class CheckpointStore:
         slot = SlotMemory(1, image.slot_bytes)
         with FileReader(self.unchanged, direct=False) as reader:
             if self.staged(key.layer):
-                self.convert(key, Part.WHOLE, image, slot.slot(0), reader)
+                self.convert(key, image, slot.slot(0), reader)
             else:
-                for tensor in image.tensors:
-                    for extent in tensor.extents:
-                        reader.check(extent.file)
-                        reader.read_into(extent.file, extent.offset, extent.nbytes, slot.view, extent.slot_offset)
-        return {tensor.spec.name: tensor.view(slot.slot(0)) for tensor in image.tensors}
+                for extent in image.extents:
+                    reader.check(extent.file)
+                    reader.read_into(extent.file, extent.offset, extent.nbytes, slot.view, extent.slot_offset)
+        return image.views(slot.slot(0))
 
 
-def apply_moves(image: SlotImage, part: Part, slot: Tensor) -> None:
+def apply_moves(image: SlotImage, slot: Tensor) -> None:
     """Move what landed elsewhere to where the tensors begin."""
+    if not image.moves:
+        return
     base = slot.data_ptr()
-    for tensor in image.of(part):
-        for move in tensor.moves:
-            ctypes.memmove(base + move.target, base + move.source, move.nbytes)
+    for move in image.moves:
+        ctypes.memmove(base + move.target, base + move.source, move.nbytes)
 
 
 def same_tensors(store: CheckpointStore, key: ExpertKey, expected: ExpertTensors) -> bool:

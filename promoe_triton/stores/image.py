@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -68,9 +70,9 @@ class TensorImage:
         return view_bytes(slot, self.start, self.spec.shape, self.spec.dtype)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SlotImage:
-    """One expert in a slot."""
+    """One expert, or a part of it, in a slot."""
 
     tensors: tuple[TensorImage, ...]
 
@@ -78,8 +80,36 @@ class SlotImage:
     def slot_bytes(self) -> int:
         return max(tensor.end for tensor in self.tensors)
 
-    def of(self, part: Part) -> tuple[TensorImage, ...]:
-        return tuple(tensor for tensor in self.tensors if tensor.spec.part & part)
+    @cached_property
+    def extents(self) -> tuple[Extent, ...]:
+        return tuple(extent for tensor in self.tensors for extent in tensor.extents)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Running totals of the extents' bytes."""
+        return tuple(accumulate(extent.nbytes for extent in self.extents))
+
+    @cached_property
+    def moves(self) -> tuple[Move, ...]:
+        return tuple(move for tensor in self.tensors for move in tensor.moves)
+
+    @cached_property
+    def files(self) -> frozenset[Path]:
+        return frozenset(extent.file for extent in self.extents)
+
+    @cached_property
+    def places(self) -> tuple[tuple[TensorSpec, int], ...]:
+        """Where each tensor begins: images with equal places have the same views of a slot."""
+        return tuple((tensor.spec, tensor.start) for tensor in self.tensors)
+
+    def of(self, part: Part) -> SlotImage:
+        if part == Part.WHOLE:
+            return self
+        return SlotImage(tensors=tuple(tensor for tensor in self.tensors if tensor.spec.part & part))
+
+    def views(self, slot: Tensor) -> dict[str, Tensor]:
+        """Return the tensors by name, as views of the slot's bytes (uint8 [slot_bytes])."""
+        return {tensor.spec.name: tensor.view(slot) for tensor in self.tensors}
 
 
 def view_bytes(buffer: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

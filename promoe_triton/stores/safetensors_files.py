@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -101,8 +101,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorRef]:
     return refs
 
 
-@dataclass(frozen=True, slots=True)
-class _Stamp:
+class _Stamp(NamedTuple):
     size: int
     mtime_ns: int
     ctime_ns: int
