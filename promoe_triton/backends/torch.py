@@ -12,7 +12,7 @@ and whenever it is computed, so the split into waves cannot be seen in the resul
 |---------|-----------------|-----------------------------------------------------------------|
 | order_R | R               | the pair (t * A + a) that stands at each row, rows by expert     |
 |         |                 | (None: one token, its rows in the order its experts were chosen) |
-| rows    | expert -> range | first and last + 1 row of each needed expert                     |
+| rows    | expert -> index | which of the groups of rows, cut from arrays of R rows, is its own |
 """
 
 from __future__ import annotations
@@ -46,18 +46,21 @@ class TorchBackend:
 class Rows:
     """One call: its routing, and what the stages have computed so far.
 
-    For one token, every row also comes as a view of its own ([1, N] each, in a list): slicing would cost more
-    than the bookkeeping of the whole layer.
+    Every group of rows also comes as a view of its own, in lists: slicing anew for every product would cost as much
+    as the rest of the bookkeeping.
     """
 
     x_TD: Tensor
     weights_TA: Tensor
     order_R: Tensor | None
-    rows: dict[int, tuple[int, int]]
-    x_RD: Tensor
+    rows: dict[int, int]
+    sizes: Sequence[int]
     up_RN: Tensor
     down_RD: Tensor
-    h_RF: Tensor | None = None
+    x_groups: Sequence[Tensor]
+    up_groups: Sequence[Tensor]
+    down_groups: Sequence[Tensor]
+    h_groups: Sequence[Tensor] = ()
     one: OneToken | None = None
 
     @property
@@ -78,7 +81,7 @@ class OneToken:
         self.up_rows, self.down_rows = _cut(self.up_AN, self.up_parts), _cut(self.down_AD, self.down_parts)
         self.gate_AF, self.up_AF = self.up_AN[:, : N // 2], self.up_AN[:, N // 2 :]
         self.h_AF = like.new_empty((A, N // 2)) if usual_gate else None
-        self.h_rows = _repeat(self.h_AF, self.down_parts) if self.h_AF is not None else None
+        self.h_rows = _repeat(self.h_AF, self.down_parts) if self.h_AF is not None else ()
         self.weighted_1AD = like.new_empty((1, A, D))
         self.weighted_AD = self.weighted_1AD[0]
 
@@ -189,16 +192,25 @@ class Grouped(_Placed):
         weights_R = weights_TA.reshape(-1)
         zero = weights_R[order_R].eq(0).tolist() if (weights_R == 0).any() else None
         needed = _needed(chosen, self.layout.experts, zero)
-        # Rows nobody computes, of sentinels and zero weights, must read as zero.
-        empty = x.new_empty if len(needed) == len(chosen) else x.new_zeros
+        x_RD = x.index_select(0, order_R // A)
+        if len(needed) == len(chosen) and self.D == x.shape[1]:
+            # What goes in is not needed any more when the first row of the second product comes out.
+            up_RN, down_RD = x.new_empty((T * A, self.N)), x_RD
+        else:
+            # Rows nobody computes, of sentinels and zero weights, must read as zero.
+            up_RN, down_RD = x.new_zeros((T * A, self.N)), x.new_zeros((T * A, self.D))
+        sizes = [last - first for first, last in chosen.values()]
         return Rows(
             x_TD=x_TD,
             weights_TA=weights_TA,
             order_R=order_R,
-            rows=needed,
-            x_RD=x[order_R // A],
-            up_RN=empty((T * A, self.N)),
-            down_RD=empty((T * A, self.D)),
+            rows={e: index for index, e in enumerate(chosen) if e in needed},
+            sizes=sizes,
+            up_RN=up_RN,
+            down_RD=down_RD,
+            x_groups=x_RD.split_with_sizes(sizes),
+            up_groups=up_RN.split_with_sizes(sizes),
+            down_groups=down_RD.split_with_sizes(sizes),
         )
 
     def _begin_one(self, x_TD: Tensor, x: Tensor, ids: list[int], weights_TA: Tensor) -> Rows:
@@ -218,42 +230,42 @@ class Grouped(_Placed):
             x_TD=x_TD,
             weights_TA=weights_TA,
             order_R=None,
-            rows=needed,
-            x_RD=x,
+            rows={e: first for e, (first, _) in needed.items()},
+            sizes=(),
             up_RN=one.up_AN,
             down_RD=one.down_AD,
+            x_groups=list(_repeat(x, one.up_parts)) * A,
+            up_groups=one.up_rows,
+            down_groups=one.down_rows,
             one=one,
         )
 
     def up(self, call: Rows, experts: Sequence[int] | None) -> None:
-        weights = self.tensors[self.up_name]
-        biases = self.tensors[self.layout.up_bias] if self.layout.up_bias else None
-        if call.one is not None:
-            one = call.one
-            rows = list(_repeat(call.x_RD, one.up_parts)) * len(one.up_rows)
-            weights = self._cut[self.up_name] if one.up_parts > 1 else weights
-            _rows_of_one(call, rows, weights, biases, one.up_rows, experts)
-        else:
-            _products(call, call.x_RD, weights, biases, call.up_RN, experts)
+        weights = self._weights(self.up_name, call.one.up_parts if call.one else 1)
+        _products(call, call.x_groups, weights, self._biases(self.layout.up_bias), call.up_groups, experts)
 
     def activate(self, call: Rows) -> None:
         module, one = self.module, call.one
         if one is not None and one.h_AF is not None:
-            call.h_RF = torch.mul(self._activation(one.gate_AF), one.up_AF, out=one.h_AF)
+            torch.mul(self._activation(one.gate_AF), one.up_AF, out=one.h_AF)
+            call.h_groups = one.h_rows
+            return
+        if self._usual_gate:
+            gate_RF, up_RF = call.up_RN.chunk(2, dim=-1)
+            h_RF = self._activation(gate_RF).mul_(up_RF)
         else:
-            call.h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
+            h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
+        call.h_groups = h_RF.split_with_sizes(call.sizes) if one is None else _repeat(h_RF, one.down_parts)
 
     def down(self, call: Rows, experts: Sequence[int] | None) -> None:
-        assert call.h_RF is not None
-        weights = self.tensors[self.down_name]
-        biases = self.tensors[self.layout.down_bias] if self.layout.down_bias else None
-        if call.one is not None:
-            one = call.one
-            rows = one.h_rows or _repeat(call.h_RF, one.down_parts)
-            weights = self._cut[self.down_name] if one.down_parts > 1 else weights
-            _rows_of_one(call, rows, weights, biases, one.down_rows, experts)
-        else:
-            _products(call, call.h_RF, weights, biases, call.down_RD, experts)
+        weights = self._weights(self.down_name, call.one.down_parts if call.one else 1)
+        _products(call, call.h_groups, weights, self._biases(self.layout.down_bias), call.down_groups, experts)
+
+    def _weights(self, name: str, parts: int) -> Sequence[Tensor]:
+        return self.tensors[name] if parts == 1 else self._cut[name]
+
+    def _biases(self, name: str | None) -> Sequence[Tensor] | None:
+        return self.tensors[name] if name else None
 
     def combine(self, call: Rows) -> Tensor:
         one = call.one
@@ -261,46 +273,35 @@ class Grouped(_Placed):
             torch.mul(one.down_AD, call.weights_TA.t(), out=one.weighted_AD)
             return one.weighted_1AD.sum(dim=1)
         T, A = call.weights_TA.shape
-        y_RD = call.down_RD
+        y_RD, weights_R1 = call.down_RD, call.weights_TA.reshape(-1, 1)
         if self.module.has_post_expert_norm:
             y_RD = self.module.post_expert_norm(y_RD)
         if call.order_R is not None:
             y_RD = torch.empty_like(y_RD).index_copy_(0, call.order_R, y_RD)
-        y_RD = y_RD * call.weights_TA.reshape(-1, 1)
+        # In place where the type stays: the array is this call's own.
+        y_RD = (
+            y_RD.mul_(weights_R1) if weights_R1.dtype == y_RD.dtype and call.order_R is not None else y_RD * weights_R1
+        )
         y_TD = y_RD.view(T, A, self.D).sum(dim=1)
         return y_TD if y_TD.dtype == call.x_TD.dtype else y_TD.to(call.x_TD.dtype)
 
 
 def _products(
     call: Rows,
-    in_RK: Tensor,
+    inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None,
-    out_RN: Tensor,
+    outputs: Sequence[Tensor],
     experts: Sequence[int] | None,
 ) -> None:
-    for e in call.rows if experts is None else experts:
-        first, last = call.rows[e]
-        out = out_RN[first:last]
-        torch.mm(in_RK[first:last], weights[e], out=out)
+    """One product for each of these experts (None: all of the call's), over its group of rows."""
+    rows = call.rows
+    product = torch.mm if not outputs or outputs[0].dim() == 2 else torch.bmm
+    for e in rows if experts is None else experts:
+        group = rows[e]
+        product(inputs[group], weights[e], out=outputs[group])
         if biases is not None:
-            out.add_(biases[e])
-
-
-def _rows_of_one(
-    call: Rows,
-    in_rows: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    out_rows: Sequence[Tensor],
-    experts: Sequence[int] | None,
-) -> None:
-    product = torch.mm if out_rows[0].dim() == 2 else torch.bmm
-    for e in call.rows if experts is None else experts:
-        row = call.rows[e][0]
-        product(in_rows[row], weights[e], out=out_rows[row])
-        if biases is not None:
-            out_rows[row].add_(biases[e])
+            outputs[group].add_(biases[e])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
