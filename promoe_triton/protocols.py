@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -240,7 +240,7 @@ class Call(Protocol):
     """One pass of some tokens through one layer, between `LayerKernels.begin` and `combine`."""
 
     @property
-    def experts(self) -> Sequence[int]:
+    def experts(self) -> Collection[int]:
         """The distinct experts this call needs: no sentinel, none with weight zero only."""
         ...
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,7 +124,7 @@ class Fills:
     then their down projection, so that every byte is still read once.
     """
 
-    def __init__(self, layer: LayerRuntime, experts: Sequence[int]) -> None:
+    def __init__(self, layer: LayerRuntime, experts: Collection[int]) -> None:
         assert layer.table is not None
         self._layer = layer
         self._table = table = layer.table
@@ -312,7 +311,7 @@ class ModelRuntime:
 
     def enter(self, layer: int) -> None:
         """Let one forward in at a time; raise PromoeError when another stays inside too long."""
-        if not self._lock.acquire(timeout=self.config.lock_timeout):
+        if not (self._lock.acquire(blocking=False) or self._lock.acquire(timeout=self.config.lock_timeout)):
             raise PromoeError(
                 f"waited {self.config.lock_timeout:g} s for another thread's forward through this model; "
                 "raise lock_timeout, or patch a copy of the model per thread"
@@ -326,8 +325,10 @@ class ModelRuntime:
 
     def release(self) -> None:
         """Let the next forward in, if this thread is the one inside."""
-        with suppress(RuntimeError):
+        try:  # noqa: SIM105  (`suppress` takes longer than all else that is done here)
             self._lock.release()
+        except RuntimeError:
+            pass
 
     def open_link(self) -> Link:
         if self.link is None:

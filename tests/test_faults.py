@@ -60,6 +60,15 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("promoe-read")]
 
 
+def open_files() -> set[tuple[str, str]]:
+    """Number and name of every open file of this process."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing itself
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+    return found
+
+
 class Disk:
     """Stands between the product and `preadv`: counts reads, and does with them what a test wants."""
 
@@ -111,11 +120,11 @@ def _fast_collections() -> Iterator[None]:
 def _nothing_is_left() -> Iterator[None]:
     """No thread and no open file outlives the models of a test."""
     gc.collect()
-    threads, handles = set(readers()), set(os.listdir("/proc/self/fd"))
+    threads, handles = set(readers()), open_files()
     yield
     gc.collect()
     assert set(readers()) <= threads
-    assert set(os.listdir("/proc/self/fd")) <= handles
+    assert open_files() <= handles
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ and whenever it is computed, so the split into waves cannot be seen in the resul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
@@ -61,27 +61,41 @@ class Rows:
     up_groups: Sequence[Tensor]
     down_groups: Sequence[Tensor]
     h_groups: Sequence[Tensor] = ()
-    one: OneToken | None = None
+    up_parts: int = 1
+    down_parts: int = 1
 
     @property
-    def experts(self) -> list[int]:
-        return list(self.rows)
+    def experts(self) -> Collection[int]:
+        return self.rows.keys()
 
 
-class OneToken:
-    """The arrays of one token's A rows, kept from call to call, with a view of every row.
+class OneToken(Rows):
+    """The call of one token. Its arrays, with a view of every row, are kept from call to call.
 
-    up_AN and down_AD receive the products. Where gate and up are the halves of up_AN and combined in the usual
-    way, h_AF receives the activation. Where a product is cut into `parts` (see `row_parts`), its rows are too.
+    up_RN and down_RD receive the products. Where gate and up are the halves of up_RN and combined in the usual
+    way, h_RF receives the activation. Where a product is cut into parts (see `row_parts`), its rows are too.
     """
 
     def __init__(self, A: int, N: int, D: int, like: Tensor, usual_gate: bool, parts: tuple[int, int]) -> None:
-        self.up_parts, self.down_parts = parts
-        self.up_AN, self.down_AD = like.new_empty((A, N)), like.new_empty((A, D))
-        self.up_rows, self.down_rows = _cut(self.up_AN, self.up_parts), _cut(self.down_AD, self.down_parts)
-        self.gate_AF, self.up_AF = self.up_AN[:, : N // 2], self.up_AN[:, N // 2 :]
-        self.h_AF = like.new_empty((A, N // 2)) if usual_gate else None
-        self.h_rows = _repeat(self.h_AF, self.down_parts) if self.h_AF is not None else ()
+        up_RN, down_RD = like.new_empty((A, N)), like.new_empty((A, D))
+        super().__init__(
+            x_TD=like,
+            weights_TA=like,
+            order_R=None,
+            rows={},
+            sizes=(1,) * A,
+            up_RN=up_RN,
+            down_RD=down_RD,
+            x_groups=(),
+            up_groups=_cut(up_RN, parts[0]),
+            down_groups=_cut(down_RD, parts[1]),
+            up_parts=parts[0],
+            down_parts=parts[1],
+        )
+        self.gate_RF, self.up_RF = up_RN[:, : N // 2], up_RN[:, N // 2 :]
+        self.h_RF = like.new_empty((A, N // 2)) if usual_gate else None
+        if self.h_RF is not None:
+            self.h_groups = _repeat(self.h_RF, self.down_parts)
         self.weighted_1AD = like.new_empty((1, A, D))
         self.weighted_AD = self.weighted_1AD[0]
 
@@ -158,12 +172,13 @@ class Grouped(_Placed):
             bool(experts.has_gate) and kind._apply_gate is _default_apply_gate and not experts.has_post_expert_norm
         )
         activation: Any = getattr(experts, "act_fn", None)
-        # The function itself, where it is known: calling a module costs as much as the activation of a token.
+        # The function itself, where it is known: calling a module costs as much as activating one token's rows.
         self._activation = F.silu if isinstance(activation, nn.SiLU | SiLUActivation) else activation
 
     def place(self, expert: int, tensors: ExpertTensors) -> None:
         if any(tensor.dtype != self.dtype for tensor in tensors.values()):
             self._parts.clear()  # resident weights were cast
+            self._one.clear()
         super().place(expert, tensors)
         for name in (self.up_name, self.down_name):
             if name not in tensors:
@@ -171,6 +186,7 @@ class Grouped(_Placed):
             if name not in self._parts:
                 whole = self.layout.up_bias or name not in self._turned
                 self._parts[name] = 1 if whole else row_parts(tensors[name])
+                self._one.clear()
                 self._cut[name] = self.tensors[name] if self._parts[name] == 1 else [None] * self.layout.experts
             if (parts := self._parts[name]) > 1:
                 N, K = tensors[name].shape
@@ -185,7 +201,7 @@ class Grouped(_Placed):
         T, A = expert_ids_TA.shape
         x = x_TD if x_TD.dtype == self.dtype else x_TD.to(self.dtype)
         if T == 1:
-            ids = expert_ids_TA.view(-1).tolist()
+            (ids,) = expert_ids_TA.tolist()
             if len(set(ids)) == A:
                 return self._begin_one(x_TD, x, ids, weights_TA)
         order_R, chosen = _group(*torch.sort(expert_ids_TA.reshape(-1)))
@@ -193,7 +209,7 @@ class Grouped(_Placed):
         zero = weights_R[order_R].eq(0).tolist() if (weights_R == 0).any() else None
         needed = _needed(chosen, self.layout.experts, zero)
         x_RD = x.index_select(0, order_R // A)
-        if len(needed) == len(chosen) and self.D == x.shape[1]:
+        if len(needed) == len(chosen) and x.shape[1] == self.D:
             # What goes in is not needed any more when the first row of the second product comes out.
             up_RN, down_RD = x.new_empty((T * A, self.N)), x_RD
         else:
@@ -216,49 +232,39 @@ class Grouped(_Placed):
     def _begin_one(self, x_TD: Tensor, x: Tensor, ids: list[int], weights_TA: Tensor) -> Rows:
         A = len(ids)
         one = self._one.get(A)
-        parts = (self._parts.get(self.up_name, 1), self._parts.get(self.down_name, 1))
-        if one is None or one.up_AN.dtype != self.dtype or (one.up_parts, one.down_parts) != parts:
+        if one is None:
+            parts = (self._parts.get(self.up_name, 1), self._parts.get(self.down_name, 1))
             one = self._one[A] = OneToken(A, self.N, self.D, x, self._usual_gate, parts)
-        weights = weights_TA.view(-1).tolist()
-        zero = [weight == 0.0 for weight in weights] if 0.0 in weights else None
-        rows = {e: (a, a + 1) for a, e in enumerate(ids)}
-        needed = _needed(rows, self.layout.experts, zero)
-        if len(needed) < A:
-            one.up_AN.zero_()
-            one.down_AD.zero_()
-        return Rows(
-            x_TD=x_TD,
-            weights_TA=weights_TA,
-            order_R=None,
-            rows={e: first for e, (first, _) in needed.items()},
-            sizes=(),
-            up_RN=one.up_AN,
-            down_RD=one.down_AD,
-            x_groups=list(_repeat(x, one.up_parts)) * A,
-            up_groups=one.up_rows,
-            down_groups=one.down_rows,
-            one=one,
-        )
+        rows = dict(zip(ids, range(A), strict=True))
+        (weights,) = weights_TA.tolist()
+        if 0.0 in weights or max(ids) >= self.layout.experts or min(ids) < 0:
+            zero = [weight == 0.0 for weight in weights]
+            needed = _needed({e: (a, a + 1) for e, a in rows.items()}, self.layout.experts, zero)
+            rows = {e: rows[e] for e in needed}
+            one.up_RN.zero_()
+            one.down_RD.zero_()
+        one.x_TD, one.weights_TA, one.rows = x_TD, weights_TA, rows
+        one.x_groups = [x if one.up_parts == 1 else x.expand(one.up_parts, 1, -1)] * A
+        return one
 
     def up(self, call: Rows, experts: Sequence[int] | None) -> None:
-        weights = self._weights(self.up_name, call.one.up_parts if call.one else 1)
+        weights = self._weights(self.up_name, call.up_parts)
         _products(call, call.x_groups, weights, self._biases(self.layout.up_bias), call.up_groups, experts)
 
     def activate(self, call: Rows) -> None:
-        module, one = self.module, call.one
-        if one is not None and one.h_AF is not None:
-            torch.mul(self._activation(one.gate_AF), one.up_AF, out=one.h_AF)
-            call.h_groups = one.h_rows
-            return
         if self._usual_gate:
+            if isinstance(call, OneToken) and call.h_RF is not None:
+                torch.mul(self._activation(call.gate_RF), call.up_RF, out=call.h_RF)
+                return
             gate_RF, up_RF = call.up_RN.chunk(2, dim=-1)
             h_RF = self._activation(gate_RF).mul_(up_RF)
         else:
+            module = self.module
             h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
-        call.h_groups = h_RF.split_with_sizes(call.sizes) if one is None else _repeat(h_RF, one.down_parts)
+        call.h_groups = h_RF.split_with_sizes(call.sizes) if call.down_parts == 1 else _repeat(h_RF, call.down_parts)
 
     def down(self, call: Rows, experts: Sequence[int] | None) -> None:
-        weights = self._weights(self.down_name, call.one.down_parts if call.one else 1)
+        weights = self._weights(self.down_name, call.down_parts)
         _products(call, call.h_groups, weights, self._biases(self.layout.down_bias), call.down_groups, experts)
 
     def _weights(self, name: str, parts: int) -> Sequence[Tensor]:
@@ -268,20 +274,17 @@ class Grouped(_Placed):
         return self.tensors[name] if name else None
 
     def combine(self, call: Rows) -> Tensor:
-        one = call.one
-        if one is not None and self._usual_gate and call.weights_TA.dtype == self.dtype == call.x_TD.dtype:
-            torch.mul(one.down_AD, call.weights_TA.t(), out=one.weighted_AD)
-            return one.weighted_1AD.sum(dim=1)
         T, A = call.weights_TA.shape
+        if isinstance(call, OneToken) and self._usual_gate and call.weights_TA.dtype == self.dtype == call.x_TD.dtype:
+            torch.mul(call.down_RD, call.weights_TA.t(), out=call.weighted_AD)
+            return call.weighted_1AD.sum(dim=1)
         y_RD, weights_R1 = call.down_RD, call.weights_TA.reshape(-1, 1)
         if self.module.has_post_expert_norm:
             y_RD = self.module.post_expert_norm(y_RD)
         if call.order_R is not None:
             y_RD = torch.empty_like(y_RD).index_copy_(0, call.order_R, y_RD)
-        # In place where the type stays: the array is this call's own.
-        y_RD = (
-            y_RD.mul_(weights_R1) if weights_R1.dtype == y_RD.dtype and call.order_R is not None else y_RD * weights_R1
-        )
+        # In place where the type stays: the array is not needed any more.
+        y_RD = y_RD.mul_(weights_R1) if weights_R1.dtype == y_RD.dtype else y_RD * weights_R1
         y_TD = y_RD.view(T, A, self.D).sum(dim=1)
         return y_TD if y_TD.dtype == call.x_TD.dtype else y_TD.to(call.x_TD.dtype)
 
