@@ -96,8 +96,7 @@ class OneToken(Rows):
         self.h_RF = like.new_empty((A, N // 2)) if usual_gate else None
         if self.h_RF is not None:
             self.h_groups = _repeat(self.h_RF, self.down_parts)
-        self.weighted_1AD = like.new_empty((1, A, D))
-        self.weighted_AD = self.weighted_1AD[0]
+        self.down_1AD = down_RD.unsqueeze(0)
 
 
 def _cut(out_AN: Tensor, parts: int) -> Sequence[Tensor]:
@@ -254,7 +253,10 @@ class Grouped(_Placed):
     def activate(self, call: Rows) -> None:
         if self._usual_gate:
             if isinstance(call, OneToken) and call.h_RF is not None:
-                torch.mul(self._activation(call.gate_RF), call.up_RF, out=call.h_RF)
+                if self._activation is F.silu:
+                    torch._C._nn.silu(call.gate_RF, out=call.h_RF).mul_(call.up_RF)
+                else:
+                    torch.mul(self._activation(call.gate_RF), call.up_RF, out=call.h_RF)
                 return
             gate_RF, up_RF = call.up_RN.chunk(2, dim=-1)
             h_RF = self._activation(gate_RF).mul_(up_RF)
@@ -276,8 +278,8 @@ class Grouped(_Placed):
     def combine(self, call: Rows) -> Tensor:
         T, A = call.weights_TA.shape
         if isinstance(call, OneToken) and self._usual_gate and call.weights_TA.dtype == self.dtype == call.x_TD.dtype:
-            torch.mul(call.down_RD, call.weights_TA.t(), out=call.weighted_AD)
-            return call.weighted_1AD.sum(dim=1)
+            call.down_RD.mul_(call.weights_TA.t())
+            return call.down_1AD.sum(dim=1)
         y_RD, weights_R1 = call.down_RD, call.weights_TA.reshape(-1, 1)
         if self.module.has_post_expert_norm:
             y_RD = self.module.post_expert_norm(y_RD)
