@@ -254,7 +254,8 @@ class Grouped(_Placed):
         if self._usual_gate:
             if isinstance(call, OneToken) and call.h_RF is not None:
                 if self._activation is F.silu:
-                    torch._C._nn.silu(call.gate_RF, out=call.h_RF).mul_(call.up_RF)
+                    silu: Any = torch._C._nn.silu  # what F.silu calls, which takes no `out`
+                    silu(call.gate_RF, out=call.h_RF).mul_(call.up_RF)
                 else:
                     torch.mul(self._activation(call.gate_RF), call.up_RF, out=call.h_RF)
                 return
