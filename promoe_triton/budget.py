@@ -128,7 +128,7 @@ def available_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    for limit, usage, stat in _control_groups():
+    for limit, usage, stat in control_groups():
         try:
             ceiling, used = int(limit.read_text()), int(usage.read_text())
             counts = dict(line.split() for line in stat.read_text().splitlines() if line)
@@ -142,7 +142,7 @@ def available_memory() -> int:
     return available
 
 
-def _control_groups() -> list[tuple[Path, Path, Path]]:
+def control_groups() -> list[tuple[Path, Path, Path]]:
     """Limit, usage and statistics files of every memory control group this process is in (v2 and v1)."""
     found: list[tuple[Path, Path, Path]] = []
     try:

@@ -64,7 +64,7 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
         if options.get(unsupported) is not None:
             raise PromoeError(f"from_pretrained does not support {unsupported} yet; leave it out")
     file_options = {key: options[key] for key in _FILE_OPTIONS if key in options}
-    skeleton = _skeleton(name, options)
+    skeleton = skeleton_of(name, options)
     found = find_experts(skeleton)
     files = resolve_files(name, **file_options)
     if config.slots is None and _everything_fits(skeleton, found):
@@ -91,13 +91,13 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
     layouts = list(found.values())
     store = checkpoint_store(model, found, files, options.get("key_mapping"))
     # What the context needs shapes our own choice of slots; it is no ground to refuse the user's.
-    room = _room_for_context(model) if config.slots is None else 0
+    room = room_for_context(model) if config.slots is None else 0
     budget = plan(config, store, layouts, max(available_memory() - room, 0))
     install(model, modules, layouts, config, store, budget)
     return model
 
 
-def _skeleton(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
+def skeleton_of(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """Return the model without any weights, in the class the checkpoint names."""
     taken = {*_FILE_OPTIONS, "trust_remote_code", "code_revision"}
     configuration = options.get("config")
@@ -114,7 +114,7 @@ def _skeleton(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
 
 def _everything_fits(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout]) -> bool:
     size = sum(parameter.nbytes for parameter in skeleton.parameters())
-    return bool(size + _room_for_context(skeleton) <= available_memory())
+    return bool(size + room_for_context(skeleton) <= available_memory())
 
 
 def _own_memory(model: nn.Module) -> None:
@@ -131,7 +131,7 @@ def _own_memory(model: nn.Module) -> None:
         tensor.data = view_bytes(room, first, tuple(tensor.shape), tensor.dtype).copy_(tensor.data)
 
 
-def _room_for_context(model: PreTrainedModel) -> int:
+def room_for_context(model: PreTrainedModel) -> int:
     """Return bytes for activations and the KV cache of one sequence as long as the model allows."""
     configuration = model.config.get_text_config()
 

@@ -209,7 +209,7 @@ class Group:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes available on a machine whose process is in no control group."""
-    monkeypatch.setattr(budget_module, "_control_groups", list)
+    monkeypatch.setattr(budget_module, "control_groups", list)
     return available_memory()
 
 
@@ -241,7 +241,7 @@ class TestAvailableMemory:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         group = Group(tmp_path / "group", limit, used, cache)
-        monkeypatch.setattr(budget_module, "_control_groups", lambda: [group.files])
+        monkeypatch.setattr(budget_module, "control_groups", lambda: [group.files])
         assert available_memory() == available
 
     def test_the_tightest_group_counts_and_unlimited_or_hidden_ones_do_not(
@@ -254,9 +254,9 @@ class TestAvailableMemory:
             Group(tmp_path / "middle", "5000", 1000).files,
             Group(tmp_path / "outer", "9000", 8000).files,
         ]
-        monkeypatch.setattr(budget_module, "_control_groups", lambda: groups)
+        monkeypatch.setattr(budget_module, "control_groups", lambda: groups)
         assert available_memory() == 1000
-        monkeypatch.setattr(budget_module, "_control_groups", lambda: groups[:2])
+        monkeypatch.setattr(budget_module, "control_groups", lambda: groups[:2])
         assert abs(available_memory() - machine) < 2**30
 
     @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ class TestAvailableMemory:
             return lines
 
         monkeypatch.setattr(Path, "read_text", read_text)
-        groups = budget_module._control_groups()
+        groups = budget_module.control_groups()
         assert [str(limit.parent) for limit, _, _ in groups] == expected
         for limit, usage, stat in groups:
             v2 = lines.startswith("0::")
@@ -287,9 +287,9 @@ class TestAvailableMemory:
             assert usage.name == ("memory.current" if v2 else "memory.usage_in_bytes")
             assert stat.name == "memory.stat"
 
-    def test_no_control_groups_at_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nocontrol_groups_at_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def read_text(path: Path) -> str:
             raise FileNotFoundError(path)
 
         monkeypatch.setattr(Path, "read_text", read_text)
-        assert budget_module._control_groups() == []
+        assert budget_module.control_groups() == []

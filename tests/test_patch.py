@@ -99,6 +99,12 @@ class TestRefused:
         self.refused(patched, "patched already; unpatch it first")
         assert tokens(patched) == expected
 
+    def test_a_block_whose_forward_was_replaced(self) -> None:
+        """As the hub's kernels do it: experts that the block no longer calls would be patched in vain."""
+        model = build()
+        model.model.layers[1].mlp.forward = lambda hidden_states: hidden_states
+        self.refused(model, r"forward of model\.layers\.1\.mlp was replaced .*use_kernels=False")
+
     def test_a_part_of_a_patched_model(self, patched: Any) -> None:
         self.refused(patched.model, "patched already")
 

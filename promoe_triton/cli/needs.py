@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from promoe_triton.budget import LayerNeed, available_memory, plan_slots
 from promoe_triton.cli.generation import check_exists
 from promoe_triton.errors import PromoeError
-from promoe_triton.loading import _room_for_context, _skeleton
+from promoe_triton.loading import room_for_context, skeleton_of
 from promoe_triton.patch._swap import checkpoint_store, find_experts
 from promoe_triton.protocols import round_up
 from promoe_triton.stores.resolve import resolve_files
@@ -74,7 +74,7 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
     quantisation = getattr(configuration, "quantization_config", None)
     if dtype != "auto":
         configuration.dtype = getattr(torch, dtype)
-    model = _skeleton(name, {"config": configuration})
+    model = skeleton_of(name, {"config": configuration})
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
     layouts = list(found.values())
@@ -90,7 +90,7 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
     experts = tuple(layout.experts for layout in layouts)
     total = sum(n * spec.nbytes for n, spec in zip(experts, specs, strict=True))
     dense = sum(parameter.nbytes for parameter in model.parameters()) - total
-    context, free = _room_for_context(model), available_memory()
+    context, free = room_for_context(model), available_memory()
     layer_needs = [
         LayerNeed(experts=n, spec=spec, slot_bytes=size)
         for n, spec, size in zip(experts, specs, slot_bytes, strict=True)

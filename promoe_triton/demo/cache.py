@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from promoe_triton.budget import _control_groups
+from promoe_triton.budget import control_groups
 from promoe_triton.demo.inflate import check_disk, inflate, plan_inflation
 from promoe_triton.errors import PromoeError
 from promoe_triton.stores.resolve import resolve_files
@@ -65,7 +65,7 @@ def inflated(
 def machine_memory() -> int:
     """Return the RAM of this machine in bytes, or of the control group this process is in where that is less."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit, _, _ in _control_groups():
+    for limit, _, _ in control_groups():
         # No limit is written as "max"; a group may also be one that we cannot see.
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(limit.read_text()))

@@ -116,6 +116,12 @@ def find_experts(model: nn.Module) -> dict[str, ExpertLayout]:
         layout = describe(module)
         if layout is not None:
             found[path] = layout
+            block = path.rpartition(".")[0]
+            if "forward" in vars(model.get_submodule(block)):
+                raise PromoeError(
+                    f"the forward of {block or 'the model'} was replaced (by a kernel of the hub?), and may not call "
+                    "its experts any more; load the model with use_kernels=False"
+                )
     if not found:
         raise PromoeError(
             f"{type(model).__name__} has no MoE experts that promoe_triton knows: nothing was patched. Is it a "
