@@ -1,6 +1,6 @@
 """What a layer costs beside its matrix products, everything resident, one token: microseconds per layer per step.
 
-The products alone are a bare loop of the same products (torch.mm, or torch.bmm over parts of fp32 weights) over
+The products alone are a bare loop of the same products (torch.mv, or torch.bmm over parts of fp32 weights) over
 views prepared beforehand, for as many experts of the same layers. Layer and loop take turns, call by call, each
 with freshly drawn experts, so that neither finds its weights in the cache. The stages are timed in further calls;
 `up` and `down` are given less their products.
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import record
@@ -22,7 +23,7 @@ from timing import seconds, take_turns
 from torch import Tensor
 
 import promoe_triton
-from promoe_triton.backends.torch import row_parts
+from promoe_triton.backends.torch import products, row_operand, row_parts, rows_in, rows_out
 
 SHAPES = (
     Shape(experts=128, active=8, width=256),
@@ -55,37 +56,20 @@ class Products:
     def __init__(self, modules: Sequence[Any], shape: Shape) -> None:
         first = modules[0]
         self._up_parts, self._down_parts = (row_parts(w[0].detach()) for w in (first.gate_up_proj, first.down_proj))
-        self._up = [_cut(module.gate_up_proj.detach(), self._up_parts) for module in modules]
-        self._down = [_cut(module.down_proj.detach(), self._down_parts) for module in modules]
-        self._up_rows = _rows(torch.empty(shape.active, 2 * shape.width, dtype=shape.dtype), self._up_parts)
-        self._down_rows = _rows(torch.empty(shape.active, shape.hidden, dtype=shape.dtype), self._down_parts)
-        self._h_rows = [_repeat(h, self._down_parts) for h in torch.randn(shape.active, shape.width).to(shape.dtype)]
+        self._up = [[row_operand(w, self._up_parts) for w in m.gate_up_proj.detach()] for m in modules]
+        self._down = [[row_operand(w, self._down_parts) for w in m.down_proj.detach()] for m in modules]
+        dtype = shape.dtype
+        self._up_rows = rows_out(torch.empty(shape.active, 2 * shape.width, dtype=dtype), self._up_parts)
+        self._down_rows = rows_out(torch.empty(shape.active, shape.hidden, dtype=dtype), self._down_parts)
+        self._h_rows = rows_in(torch.randn(shape.active, shape.width).to(dtype), self._down_parts)
 
     def up(self, layer: int, experts: list[int], x_TD: Tensor) -> None:
-        weights, x = self._up[layer], _repeat(x_TD[0], self._up_parts)
-        product = torch.mm if self._up_parts == 1 else torch.bmm
-        for row, expert in zip(self._up_rows, experts, strict=True):
-            product(x, weights[expert], out=row)
+        x_rows = [*rows_in(x_TD, self._up_parts)] * len(experts)
+        products(self._up_parts, x_rows, self._up[layer], None, self._up_rows, zip(experts, count(), strict=False))
 
     def down(self, layer: int, experts: list[int]) -> None:
-        weights = self._down[layer]
-        product = torch.mm if self._down_parts == 1 else torch.bmm
-        for row, h, expert in zip(self._down_rows, self._h_rows, experts, strict=True):
-            product(h, weights[expert], out=row)
-
-
-def _cut(weight_ENK: Tensor, parts: int) -> list[Tensor]:
-    if parts == 1:
-        return [w.t() for w in weight_ENK]
-    return [w.view(parts, w.shape[0] // parts, -1).transpose(1, 2) for w in weight_ENK]
-
-
-def _rows(out_AN: Tensor, parts: int) -> list[Tensor]:
-    return [row if parts == 1 else row.view(parts, 1, -1) for row in out_AN.split(1)]
-
-
-def _repeat(row_K: Tensor, parts: int) -> Tensor:
-    return row_K.view(1, -1) if parts == 1 else row_K.expand(parts, 1, -1)
+        rows = zip(experts, count(), strict=False)
+        products(self._down_parts, self._h_rows, self._down[layer], None, self._down_rows, rows)
 
 
 def timed_stages(kernels: Any, spent: dict[str, list[float]]) -> Callable[[], None]:

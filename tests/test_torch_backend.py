@@ -367,6 +367,7 @@ def test_states_that_do_not_lie_together(name: str) -> None:
         assert equal(at_once(kernels, inputs), grouped_mm_experts_forward(module, *inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("D", "F"),
@@ -377,19 +378,19 @@ def test_states_that_do_not_lie_together(name: str) -> None:
         (97, 31),  # nothing divides it
     ],
 )
-def test_a_row_cut_into_parts_has_the_bits_of_the_whole(D: int, F: int, threads: int) -> None:
-    """One fp32 token: whatever number of threads decides the cut, stock bits, also when slots fill meanwhile."""
+def test_the_product_of_a_row_has_stock_bits(D: int, F: int, threads: int, dtype: torch.dtype) -> None:
+    """One token: whatever way of computing its rows is chosen, stock bits, also when slots fill meanwhile."""
     torch.set_num_threads(threads)
     config = Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=F, num_experts=5, num_experts_per_tok=3)
     config._experts_implementation = "grouped_mm"
-    stock = Qwen3MoeExperts(config)
+    stock = Qwen3MoeExperts(config).to(dtype)
     for parameter in stock.parameters():
         torch.nn.init.normal_(parameter)
     layout = ExpertLayout(experts=5, up=("gate_up_proj",), down=("down_proj",))
     kernels = TorchBackend().layer(stock, layout, layout.spec(stock))
     for _ in range(3):
-        x, ids = torch.randn(1, D), torch.randperm(5)[:3].view(1, 3)
-        weights = torch.rand(1, 3)
+        x, ids = torch.randn(1, D).to(dtype), torch.randperm(5)[:3].view(1, 3)
+        weights = torch.rand(1, 3).to(dtype)
         with torch.no_grad():
             call = kernels.begin(x, ids, weights)
             for expert in call.experts:  # placed after `begin`, as a miss is
@@ -399,7 +400,7 @@ def test_a_row_cut_into_parts_has_the_bits_of_the_whole(D: int, F: int, threads:
             kernels.down(call, None)
             got = kernels.combine(call)
             # As grouped_mm does: rows of one tensor, wherever they begin.
-            up, want = torch.empty(3, 2 * F), torch.empty(3, D)
+            up, want = torch.empty(3, 2 * F, dtype=dtype), torch.empty(3, D, dtype=dtype)
             for row, e in enumerate(ids[0].tolist()):
                 torch.mm(x, stock.gate_up_proj[e].t(), out=up[row : row + 1])
             h = stock._apply_gate(up)

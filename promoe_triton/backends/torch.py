@@ -17,7 +17,7 @@ and whenever it is computed, so the split into waves cannot be seen in the resul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
@@ -31,6 +31,9 @@ from transformers.integrations.moe import _default_apply_gate
 
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.protocols import ExpertSpec, ExpertTensors, LayerKernels
+
+VECTOR, PLAIN = 0, 1
+"""Ways to compute the product of one row (see `row_parts`) that do not cut it."""
 
 
 class TorchBackend:
@@ -61,19 +64,23 @@ class Rows:
     up_groups: Sequence[Tensor]
     down_groups: Sequence[Tensor]
     h_groups: Sequence[Tensor] = ()
-    up_parts: int = 1
-    down_parts: int = 1
+    up_parts: int = PLAIN
+    down_parts: int = PLAIN
 
     @property
     def experts(self) -> Collection[int]:
         return self.rows.keys()
+
+    def of(self, experts: Sequence[int] | None) -> Iterable[tuple[int, int]]:
+        """Return these experts (None: all) with the indices of their groups of rows."""
+        return self.rows.items() if experts is None else [(e, self.rows[e]) for e in experts]
 
 
 class OneToken(Rows):
     """The call of one token. Its arrays, with a view of every row, are kept from call to call.
 
     up_RN and down_RD receive the products. Where gate and up are the halves of up_RN and combined in the usual
-    way, h_RF receives the activation. Where a product is cut into parts (see `row_parts`), its rows are too.
+    way, h_RF receives the activation. Rows are as `row_parts` has them.
     """
 
     def __init__(self, A: int, N: int, D: int, like: Tensor, usual_gate: bool, parts: tuple[int, int]) -> None:
@@ -87,49 +94,65 @@ class OneToken(Rows):
             up_RN=up_RN,
             down_RD=down_RD,
             x_groups=(),
-            up_groups=_cut(up_RN, parts[0]),
-            down_groups=_cut(down_RD, parts[1]),
+            up_groups=rows_out(up_RN, parts[0]),
+            down_groups=rows_out(down_RD, parts[1]),
             up_parts=parts[0],
             down_parts=parts[1],
         )
         self.gate_RF, self.up_RF = up_RN[:, : N // 2], up_RN[:, N // 2 :]
         self.h_RF = like.new_empty((A, N // 2)) if usual_gate else None
         if self.h_RF is not None:
-            self.h_groups = _repeat(self.h_RF, self.down_parts)
+            self.h_groups = rows_in(self.h_RF, self.down_parts)
         self.down_1AD = down_RD.unsqueeze(0)
 
 
-def _cut(out_AN: Tensor, parts: int) -> Sequence[Tensor]:
-    """Return each row as [1, N], or as [parts, 1, N / parts]."""
-    rows = torch.split(out_AN, 1)
-    return rows if parts == 1 else [row.view(parts, 1, -1) for row in rows]
-
-
-def _repeat(in_AK: Tensor, parts: int) -> Sequence[Tensor]:
-    """Return each row as [1, K], or as [parts, 1, K] without a copy."""
-    rows = torch.split(in_AK, 1)
-    return rows if parts == 1 else [row.expand(parts, 1, -1) for row in rows]
-
-
 def row_parts(weight_NK: Tensor, probes: int = 8) -> int:
-    """Return into how many parts along N a product with a single row is cut: one for each thread, or 1.
+    """Return how the product of a single row is computed: into how many parts it is cut along N, or `VECTOR`.
 
-    The CPU library runs the fp32 product of one row on one thread. Cut into a batch of smaller products it uses
-    all of them. That must not change a bit, which depends on the library and the shape: so it is tried, with
-    random rows, and left alone where anything differs.
+    The CPU library runs the fp32 product of one row on one thread. Cut into a batch of smaller products, one for
+    each thread, it uses all of them. In half precision a matrix-vector product takes less time than a matrix product
+    with one row. Neither must change a bit, which depends on the library and the shape: so it is tried, with random
+    rows, and left alone (`PLAIN`) where anything differs.
     """
-    parts = torch.get_num_threads()
     N, K = weight_NK.shape
-    if weight_NK.dtype != torch.float32 or parts == 1 or N % parts or (N // parts * K) % 16:
-        return 1
+    parts = VECTOR
+    if weight_NK.dtype == torch.float32:
+        parts = torch.get_num_threads()
+        if N % parts or (N // parts * K) % 16:
+            return PLAIN
     generator = torch.Generator().manual_seed(0)
     for _ in range(probes):
-        x_1K = torch.randn((1, K), generator=generator)
-        whole = torch.mm(x_1K, weight_NK.t())
-        cut = torch.bmm(x_1K.expand(parts, 1, K), weight_NK.view(parts, N // parts, K).transpose(1, 2))
-        if not torch.equal(cut.view(1, N), whole):
-            return 1
+        x_1K = torch.randn((1, K), generator=generator).to(weight_NK.dtype)
+        out_1N = x_1K.new_empty((1, N))
+        weights = [row_operand(weight_NK, parts)]
+        products(parts, rows_in(x_1K, parts), weights, None, rows_out(out_1N, parts), [(0, 0)])
+        if not torch.equal(out_1N, torch.mm(x_1K, weight_NK.t())):
+            return PLAIN
     return parts
+
+
+def row_operand(weight_NK: Tensor, parts: int) -> Tensor:
+    """Return the view of a weight that `products` takes."""
+    if parts == VECTOR:
+        return weight_NK
+    N, K = weight_NK.shape
+    return weight_NK.t() if parts == PLAIN else weight_NK.view(parts, N // parts, K).transpose(1, 2)
+
+
+def rows_in(in_AK: Tensor, parts: int) -> Sequence[Tensor]:
+    """Return each row as `products` takes it: [K], [1, K] or [parts, 1, K] without a copy."""
+    if parts == VECTOR:
+        return in_AK.unbind()
+    rows = torch.split(in_AK, 1)
+    return rows if parts == PLAIN else [row.expand(parts, 1, -1) for row in rows]
+
+
+def rows_out(out_AN: Tensor, parts: int) -> Sequence[Tensor]:
+    """Return each row as `products` fills it: [N], [1, N] or [parts, 1, N / parts]."""
+    if parts == VECTOR:
+        return out_AN.unbind()
+    rows = torch.split(out_AN, 1)
+    return rows if parts == PLAIN else [row.view(parts, 1, -1) for row in rows]
 
 
 class _Placed:
@@ -164,7 +187,7 @@ class Grouped(_Placed):
         self.D = self.shapes[self.down_name][-1 if self.down_name in layout.transposed else 0]
         self._one: dict[int, OneToken] = {}
         self._parts: dict[str, int] = {}
-        self._cut: dict[str, list[Any]] = {}
+        self._row_operands: dict[str, list[Any]] = {}
         # act(gate) * up: known to be that, it can be computed in place of the same two operations on a copy.
         kind: Any = type(experts)
         self._usual_gate = (
@@ -183,17 +206,16 @@ class Grouped(_Placed):
             if name not in tensors:
                 continue
             if name not in self._parts:
-                whole = self.layout.up_bias or name not in self._turned
-                self._parts[name] = 1 if whole else row_parts(tensors[name])
+                plain = self.layout.up_bias or name not in self._turned
+                self._parts[name] = PLAIN if plain else row_parts(tensors[name])
+                self._row_operands[name] = [None] * self.layout.experts
                 self._one.clear()
-                self._cut[name] = self.tensors[name] if self._parts[name] == 1 else [None] * self.layout.experts
-            if (parts := self._parts[name]) > 1:
-                N, K = tensors[name].shape
-                self._cut[name][expert] = tensors[name].view(parts, N // parts, K).transpose(1, 2)
+            if (parts := self._parts[name]) != PLAIN:
+                self._row_operands[name][expert] = row_operand(tensors[name], parts)
 
     def remove(self, expert: int) -> None:
         super().remove(expert)
-        for column in self._cut.values():
+        for column in self._row_operands.values():
             column[expert] = None
 
     def begin(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Rows:
@@ -232,7 +254,7 @@ class Grouped(_Placed):
         A = len(ids)
         one = self._one.get(A)
         if one is None:
-            parts = (self._parts.get(self.up_name, 1), self._parts.get(self.down_name, 1))
+            parts = (self._parts.get(self.up_name, PLAIN), self._parts.get(self.down_name, PLAIN))
             one = self._one[A] = OneToken(A, self.N, self.D, x, self._usual_gate, parts)
         rows = dict(zip(ids, range(A), strict=True))
         (weights,) = weights_TA.tolist()
@@ -243,12 +265,12 @@ class Grouped(_Placed):
             one.up_RN.zero_()
             one.down_RD.zero_()
         one.x_TD, one.weights_TA, one.rows = x_TD, weights_TA, rows
-        one.x_groups = [x if one.up_parts == 1 else x.expand(one.up_parts, 1, -1)] * A
+        one.x_groups = [*rows_in(x, one.up_parts)] * A
         return one
 
     def up(self, call: Rows, experts: Sequence[int] | None) -> None:
-        weights = self._weights(self.up_name, call.up_parts)
-        _products(call, call.x_groups, weights, self._biases(self.layout.up_bias), call.up_groups, experts)
+        weights, biases = self._operands(self.up_name, self.layout.up_bias, call.up_parts)
+        products(call.up_parts, call.x_groups, weights, biases, call.up_groups, call.of(experts))
 
     def activate(self, call: Rows) -> None:
         if self._usual_gate:
@@ -264,17 +286,17 @@ class Grouped(_Placed):
         else:
             module = self.module
             h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
-        call.h_groups = h_RF.split_with_sizes(call.sizes) if call.down_parts == 1 else _repeat(h_RF, call.down_parts)
+        call.h_groups = (
+            h_RF.split_with_sizes(call.sizes) if call.order_R is not None else rows_in(h_RF, call.down_parts)
+        )
 
     def down(self, call: Rows, experts: Sequence[int] | None) -> None:
-        weights = self._weights(self.down_name, call.down_parts)
-        _products(call, call.h_groups, weights, self._biases(self.layout.down_bias), call.down_groups, experts)
+        weights, biases = self._operands(self.down_name, self.layout.down_bias, call.down_parts)
+        products(call.down_parts, call.h_groups, weights, biases, call.down_groups, call.of(experts))
 
-    def _weights(self, name: str, parts: int) -> Sequence[Tensor]:
-        return self.tensors[name] if parts == 1 else self._cut[name]
-
-    def _biases(self, name: str | None) -> Sequence[Tensor] | None:
-        return self.tensors[name] if name else None
+    def _operands(self, weight: str, bias: str | None, parts: int) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+        weights = self.tensors[weight] if parts == PLAIN else self._row_operands[weight]
+        return weights, self.tensors[bias] if bias else None
 
     def combine(self, call: Rows) -> Tensor:
         T, A = call.weights_TA.shape
@@ -292,19 +314,21 @@ class Grouped(_Placed):
         return y_TD if y_TD.dtype == call.x_TD.dtype else y_TD.to(call.x_TD.dtype)
 
 
-def _products(
-    call: Rows,
+def products(
+    parts: int,
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None,
     outputs: Sequence[Tensor],
-    experts: Sequence[int] | None,
+    rows: Iterable[tuple[int, int]],
 ) -> None:
-    """One product for each of these experts (None: all of the call's), over its group of rows."""
-    rows = call.rows
-    product = torch.mm if not outputs or outputs[0].dim() == 2 else torch.bmm
-    for e in rows if experts is None else experts:
-        group = rows[e]
+    """Compute one product for each expert and the index of its group of rows; `parts` as in `row_parts`."""
+    if parts == VECTOR:
+        for e, group in rows:
+            torch.mv(weights[e], inputs[group], out=outputs[group])
+        return
+    product = torch.mm if parts == PLAIN else torch.bmm
+    for e, group in rows:
         product(inputs[group], weights[e], out=outputs[group])
         if biases is not None:
             outputs[group].add_(biases[e])
