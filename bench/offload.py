@@ -153,7 +153,7 @@ def main() -> None:
     missing = [case for case in (LIMITED, CACHED) if not results.has(case)]
     if not missing:
         return
-    expert_bytes, count, new_tokens, repeats = (1_100_000, 2, 8, 1) if args.quick else (EXPERT_BYTES, 1, 32, 2)
+    expert_bytes, count, new_tokens, repeats = (1_100_000, 2, 8, 1) if args.quick else (EXPERT_BYTES, 4, 32, 2)
     with large_checkpoint(args.source, args.scratch, expert_bytes, "a checkpoint with large experts") as folder:
         setting = Setting(
             folder=folder,
