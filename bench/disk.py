@@ -2,8 +2,8 @@
 
 Plain: os.preadv with O_DIRECT, one chunk after another through the checkpoint, over chunk sizes and numbers of
 threads, into memory as large as the product's slots; and, named so, into the same few small buffers again and
-again, which stay in the processor's cache: faster than any reader that keeps what it reads. Product: DiskLink's
-submit and wait for random distinct experts, as many on their way as a token asks for; only the experts' own bytes
+again, which stay in the processor's cache: faster than any reader that keeps what it reads. Product: the core and
+DiskLink asked for random distinct experts, as many on their way as a token asks for; only the experts' own bytes
 count. Direct reads leave the page cache out of it. All take turns, with the processor idle and with a thread that
 streams matrix-vector products.
 """
@@ -29,9 +29,12 @@ from models import Shape, open_store, write_random
 from timing import ratios, take_turns
 
 from promoe_triton.config import Config, format_size
+from promoe_triton.core import Core
 from promoe_triton.links.disk import DiskLink
 from promoe_triton.memory import SlotMemory
+from promoe_triton.policies import make_policy
 from promoe_triton.protocols import ExpertKey, Part, Transfer
+from promoe_triton.slots import SlotTable
 from promoe_triton.stores.checkpoint import CheckpointStore
 
 SHAPES = (
@@ -117,16 +120,23 @@ def product(store: CheckpointStore, memory: SlotMemory, shape: Shape, reading: R
         chunk_bytes=reading.chunk,
         timeout=60.0,
     )
+    table = SlotTable(range(memory.slots), make_policy("lru", {}))
+    core = Core([table] * shape.layers, link.cuts)
+    link.restart(core)
+
+    def settle(transfer: Transfer) -> None:
+        link.wait([transfer])
+        link.tell(lambda: core.release([transfer.key]))
+
     try:
         began = time.perf_counter()
         running: list[Transfer] = []
-        for index, key in enumerate(wanted):
+        for key in wanted:
             if len(running) == IN_FLIGHT:
-                link.wait(running.pop(0))
-            running.append(Transfer(key=key, part=Part.WHOLE, slot=index % memory.slots))
-            link.submit(running[-1])
+                settle(running.pop(0))
+            running.append(link.tell(partial(core.ask, key, Part.WHOLE)))
         for transfer in running:
-            link.wait(transfer)
+            settle(transfer)
         return len(wanted) * shape.expert_bytes / (time.perf_counter() - began) / 1e9
     finally:
         link.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -29,6 +29,9 @@ PAGE = 4096
 
 def round_up(nbytes: int, multiple: int = PAGE) -> int:
     return -(-nbytes // multiple) * multiple
+
+
+R = TypeVar("R")
 
 
 class ExpertKey(NamedTuple):
@@ -99,22 +102,16 @@ class Store(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Transfer:
-    """One fill of a slot: an expert, or one part of it, on its way there.
+    """One copy of an expert, or of one part of it, into a slot, which it takes when its first chunk is handed out.
 
     Identity is what counts: two transfers of the same expert are two transfers.
     """
 
     key: ExpertKey
     part: Part
-    slot: int
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    slot: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +129,11 @@ class Feed(Protocol):
     Overtaking is nothing but asking again: a transfer that is passed over keeps its cursor.
     """
 
-    def next_chunk(self, budget: int) -> Chunk | None:
-        """Hand out at most `budget` bytes of the most urgent transfer; None where there is nothing to do."""
+    def next_chunk(self, budget: int, speculative_budget: int | None = None) -> Chunk | None:
+        """Hand out at most `budget` bytes of the most urgent transfer; None where there is nothing to do.
+
+        speculative_budget: at most so many where nobody waits for them yet (None: as many as of any other).
+        """
         ...
 
     def landed(self, chunk: Chunk) -> bool:
@@ -151,28 +151,47 @@ class Feed(Protocol):
         """Note that the chunk could not be copied; no more of its transfer is handed out."""
         ...
 
-
-class Link(Protocol):
-    """Copies experts from a store into slots. Submitting never blocks; every wait is bounded."""
-
-    def submit(self, transfer: Transfer) -> None:
-        """Queue a copy. The slot must stay occupied until the transfer is waited for, or the link drained."""
+    def ended(self, transfer: Transfer) -> bool:
+        """Whether a transfer has arrived, and its expert can be read, or has failed."""
         ...
 
-    def wait(self, transfer: Transfer) -> ExpertTensors:
-        """Return the tensors, views of the slot: work that the caller issues from now on sees the bytes.
+    def error(self, transfer: Transfer) -> BaseException | None:
+        """Return what a transfer failed with."""
+        ...
 
-        Raises PromoeError, naming the source and the offset, when the copy failed or made no progress within
-        the link's bound. A chunk may still be in flight after that: `drain` tells.
+
+class Link(Protocol):
+    """Copies experts from a store into slots, as a feed says. Every wait is bounded.
+
+    The feed is used under the link's lock only: from the link's own threads, and through `tell`.
+    """
+
+    def tell(self, event: Callable[[], R]) -> R:
+        """Run what changes the feed, and look for new work."""
+        ...
+
+    def wait(self, transfers: Sequence[Transfer]) -> Transfer:
+        """Return the first of these transfers that has arrived: work issued from now on sees its bytes.
+
+        Raises PromoeError, naming the source and the offset, when a copy failed or made no progress within the
+        link's bound. A chunk may still be in flight after that: `drain` tells.
         """
+        ...
+
+    def arrival(self, key: ExpertKey) -> ExpertTensors | None:
+        """Return the tensors, views of a slot, of an expert that has arrived since this was last asked."""
         ...
 
     def drain(self, patience: float) -> bool:
-        """Take every transfer back and start no further chunk.
+        """Start no further chunk, until `restart`.
 
         True once nothing is in flight, and any slot may be reused; False where that takes more than `patience`
-        seconds. Call it again then: slots whose transfers have not settled must not be touched.
+        seconds. Call it again then: until it is true slots must not be touched.
         """
+        ...
+
+    def restart(self, feed: Feed) -> None:
+        """Go on with another feed, after a drain."""
         ...
 
     @property

@@ -15,21 +15,19 @@ from transformers.utils import logging as transformers_logging
 from promoe_triton.backends.torch import TorchBackend
 from promoe_triton.budget import Budget, available_memory
 from promoe_triton.config import Config, format_size
+from promoe_triton.core import Core, Needs
 from promoe_triton.counters import Counters, Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.links.disk import DiskLink
 from promoe_triton.memory import SlotMemory
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Link, Part, Policy, Store, Transfer
+from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Part, Policy, Store, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore
 
 Popularity = Mapping[ExpertKey, float]
-
-STREAM_BUFFERS = 2
-"""Slots that experts pass through when a call needs more of them than there are slots."""
 
 
 class LayerRuntime:
@@ -96,13 +94,13 @@ class LayerRuntime:
             return kernels.combine(call)
         self.model.begin_change()
         try:
-            fills = Fills(self, call.experts)
-            for wave in fills.up():
+            waves = Waves(self, call.experts)
+            for wave in waves.up():
                 kernels.up(call, wave)
             kernels.activate(call)
-            for wave in fills.down():
+            for wave in waves.down():
                 kernels.down(call, wave)
-            fills.close()
+            waves.close()
         except BaseException:
             self.model.start_afresh(0.0)
             raise
@@ -116,111 +114,71 @@ class LayerRuntime:
             self.resident = all(map(table.is_ready, self.keys))
 
 
-class Fills:
-    """The experts of one call, as waves in the order they can be computed.
+class Waves:
+    """The experts of one call, as waves in the order they can be computed: resident ones, then as they arrive.
 
-    Resident experts are leased, missing ones take free or unleased slots and stay. Where there are more
-    missing experts than slots, the last of them pass through a few slots twice: first their up projection,
-    then their down projection, so that every byte is still read once.
+    Missing experts take slots and stay. Where there are more of them than slots, the last of them pass through a few
+    slots twice: first their up projection, then their down projection, so that every byte is still read once.
     """
 
     def __init__(self, layer: LayerRuntime, experts: Collection[int]) -> None:
-        assert layer.table is not None
         self._layer = layer
-        self._table = table = layer.table
-        self._model = layer.model
-        self._leased: list[ExpertKey] = []
-        self._pending: dict[ExpertKey, Transfer] = {}
-        missing: list[ExpertKey] = []
-        for expert in experts:
-            key = layer.keys[expert]
-            if table.is_ready(key):
-                table.lease(key)
-                self._leased.append(key)
-            else:
-                missing.append(key)
-        self._resident = list(self._leased)
-        self._model.counters.hits += len(self._resident)
-        self._model.counters.misses += len(missing)
-        kept = table.available() if missing else 0
-        if kept < len(missing):
-            self._buffers = min(STREAM_BUFFERS, len(table), kept + len(self._resident))
-            while kept < self._buffers:
-                # Resident experts fill every slot: some of them must pass through as well.
-                key = self._resident.pop()
-                self._leased.remove(key)
-                table.release(key)
-                missing.append(key)
-                kept += 1
-            kept -= self._buffers
-        self._missing, self._streamed = missing[:kept], missing[kept:]
+        self._core, self._link = layer.model.core, layer.model.open_link()
+        self._needs, self._pending = self._link.tell(lambda: self._gate(experts))
+        self._kept = [key.expert for key in (*self._needs.resident, *self._needs.missing)]
+        for key in self._needs.resident:
+            self._place(key)
+        counters = layer.model.counters
+        counters.hits += len(self._needs.resident)
+        counters.misses += len(experts) - len(self._needs.resident)
+
+    def _gate(self, experts: Collection[int]) -> tuple[Needs, list[Transfer]]:
+        """Submit all that is missing at once, in the order it will be computed (early preemption)."""
+        needs = self._core.gate(self._layer.index, experts)
+        pending = [self._core.ask(key, Part.WHOLE) for key in needs.missing]
+        return needs, pending + self._ask_streamed(needs, Part.UP)
+
+    def _ask_streamed(self, needs: Needs, part: Part) -> list[Transfer]:
+        if not self._layer.model.store.specs[self._layer.index].names(part):
+            return []
+        return [self._core.ask(key, part) for key in needs.streamed]
 
     def up(self) -> Iterator[list[int]]:
-        for key in self._missing:
-            self._submit(key, Part.WHOLE)
-        stream = self._stream(Part.UP)
-        yield from self._now(self._resident)
-        for key in self._missing:
-            self._wait(key)
-            self._table.filled(key)
-            self._leased.append(key)
-            yield [key.expert]
-        yield from stream
+        if self._needs.resident:
+            yield [key.expert for key in self._needs.resident]
+        yield from self._arriving(self._pending)
 
     def down(self) -> Iterator[list[int]]:
-        stream = self._stream(Part.DOWN)
-        yield from self._now(self._resident + self._missing)
-        yield from stream
+        pending: list[Transfer] = []
+        if self._needs.streamed:
+            pending = self._link.tell(lambda: self._ask_streamed(self._needs, Part.DOWN))
+        if self._kept:
+            yield self._kept
+        yield from self._arriving(pending)
 
-    @staticmethod
-    def _now(keys: Sequence[ExpertKey]) -> Iterator[list[int]]:
-        if keys:
-            yield [key.expert for key in keys]
-
-    def _stream(self, part: Part) -> Iterator[list[int]]:
-        """Submit as many as there are buffers at once, and return the waves that follow."""
-        if not self._streamed or not self._model.store.specs[self._layer.index].names(part):
-            return iter(())
-        waiting = list(reversed(self._streamed))
-        running = [waiting.pop() for _ in range(min(self._buffers, len(waiting)))]
-        for key in running:
-            self._submit(key, part)
-        return self._pass_through(running, waiting, part)
-
-    def _pass_through(self, running: list[ExpertKey], waiting: list[ExpertKey], part: Part) -> Iterator[list[int]]:
-        while running:
-            key = running.pop(0)
-            self._wait(key)
+    def _arriving(self, pending: list[Transfer]) -> Iterator[list[int]]:
+        while pending:
+            began = time.perf_counter()
+            transfer = self._link.wait(pending)
+            self._layer.model.counters.stall_seconds += time.perf_counter() - began
+            pending.remove(transfer)
+            key = transfer.key
+            self._place(key)
             yield [key.expert]
-            self._layer.kernels.remove(key.expert)
-            self._table.drop(key)
-            if waiting:
-                running.append(waiting.pop())
-                self._submit(running[-1], part)
+            if transfer.part != Part.WHOLE:
+                self._layer.kernels.remove(key.expert)
+                self._link.tell(lambda key=key: self._core.discard(key))  # type: ignore[misc]
 
-    def _submit(self, key: ExpertKey, part: Part) -> None:
-        if self._table.is_ready(key):
-            # A resident expert that has to pass through: its slot is one of the buffers now.
-            self._model.evict(key, self._table)
-        slot, evicted = self._table.admit(key)
-        if evicted is not None:
-            self._model.layers[evicted.layer].kernels.remove(evicted.expert)
-            self._model.counters.evictions += 1
-        transfer = Transfer(key=key, part=part, slot=slot)
-        self._pending[key] = transfer
-        self._model.open_link().submit(transfer)
-
-    def _wait(self, key: ExpertKey) -> None:
-        began = time.perf_counter()
-        tensors = self._model.open_link().wait(self._pending[key])
-        self._model.counters.stall_seconds += time.perf_counter() - began
-        del self._pending[key]
-        self._layer.kernels.place(key.expert, tensors)
+    def _place(self, key: ExpertKey) -> None:
+        """Let the kernels know where an expert lies, if it has arrived since they last looked."""
+        tensors = self._link.arrival(key)
+        if tensors is not None:
+            self._layer.kernels.place(key.expert, tensors)
 
     def close(self) -> None:
         """Give all leases back."""
-        for key in self._leased:
-            self._table.release(key)
+        keys = [*self._needs.resident, *self._needs.missing]
+        self._link.tell(lambda: self._core.release(keys))
         self._layer.check_resident()
 
 
@@ -245,15 +203,19 @@ class ModelRuntime:
         self.originals: list[dict[str, nn.Parameter]] = []
         self._lock = threading.RLock()
         self._dirty = False
-        self.link: Link | None = None
+        self.link: DiskLink | None = None
+        tables: Sequence[SlotTable | None] = [None] * len(modules)
         if isinstance(store, CheckpointStore):
             self.link = self._open_link(store)
+            self.core = Core(self._tables(), self.link.cuts)
+            self.link.restart(self.core)
+            tables = self.core.tables
         self.layers = [
             LayerRuntime(self, index, module, layout, table)
-            for index, (module, layout, table) in enumerate(zip(modules, layouts, self._tables(), strict=True))
+            for index, (module, layout, table) in enumerate(zip(modules, layouts, tables, strict=True))
         ]
 
-    def _open_link(self, store: CheckpointStore) -> Link:
+    def _open_link(self, store: CheckpointStore) -> DiskLink:
         """Take memory for the slots, and start the link that fills them."""
         budget, specs = self.budget, store.specs
         memories: dict[ExpertSpec, SlotMemory] = {}
@@ -269,11 +231,9 @@ class ModelRuntime:
             timeout=self.config.io_timeout,
         )
 
-    def _tables(self) -> list[SlotTable | None]:
+    def _tables(self) -> list[SlotTable]:
         """Share the slots of each kind of expert out to its layers, or to one table for all of them."""
         specs, shares = self.store.specs, self.budget.slots_of_layer
-        if self.link is None:
-            return [None] * len(specs)
         firsts: Counter[ExpertSpec] = Counter()
         ranges = []
         for spec, slots in zip(specs, shares, strict=True):
@@ -330,14 +290,10 @@ class ModelRuntime:
         except RuntimeError:
             pass
 
-    def open_link(self) -> Link:
+    def open_link(self) -> DiskLink:
         if self.link is None:
             raise PromoeError("this model's slots were closed by unpatch; patch it again")
         return self.link
-
-    def evict(self, key: ExpertKey, table: SlotTable) -> None:
-        table.drop(key)
-        self.layers[key.layer].kernels.remove(key.expert)
 
     def begin_change(self) -> None:
         """Before anything changes slots. Where a change has ended early, wherever that was, they start afresh.
@@ -361,10 +317,14 @@ class ModelRuntime:
             if patience:
                 raise PromoeError(f"interrupted reads have not ended in {patience:g} s; the disk does not answer")
             return
-        for layer, table in zip(self.layers, self._tables(), strict=True):
+        self.counters.evictions += self.core.evictions
+        core = Core(self._tables(), self.link.cuts)
+        for layer, table in zip(self.layers, core.tables, strict=True):
             layer.table, layer.resident = table, False
             for expert in range(layer.layout.experts):
                 layer.kernels.remove(expert)
+        self.core = core
+        self.link.restart(core)
         self._dirty = False
 
     def warm(self) -> None:
@@ -374,28 +334,24 @@ class ModelRuntime:
         for layer in self.layers:
             if layer.table is not None:
                 tables.setdefault(id(layer.table), (layer.table, []))[1].extend(layer.keys)
-        chosen: list[tuple[ExpertKey, SlotTable]] = []
+        chosen: list[ExpertKey] = []
         for table, keys in tables.values():
             ranked = sorted(keys, key=lambda key: (-popularity.get(key, 0.0), key.expert, key.layer))
-            chosen += [(key, table) for key in ranked[: len(table)]]
+            chosen += ranked[: len(table)]
         assert isinstance(self.store, CheckpointStore)
-        position = self.store.position
-        chosen.sort(key=lambda item: position(item[0]))
+        chosen.sort(key=self.store.position)
         link = self.open_link()
-        running: list[tuple[ExpertKey, SlotTable, Transfer]] = []
+        running: list[Transfer] = []
         progress = transformers_logging.tqdm(total=len(chosen), desc="Filling slots", leave=False)
         self.begin_change()
         try:
-            for key, table in chosen:
-                slot, _ = table.admit(key)
-                transfer = Transfer(key=key, part=Part.WHOLE, slot=slot)
-                running.append((key, table, transfer))
-                link.submit(transfer)
+            for key in chosen:
+                running.append(link.tell(lambda key=key: self.core.ask(key, Part.WHOLE)))  # type: ignore[misc]
                 if len(running) > 2 * self.config.depth:
-                    self._settle(*running.pop(0))
+                    self._settle(running.pop(0))
                     progress.update(1)
-            for item in running:
-                self._settle(*item)
+            for transfer in running:
+                self._settle(transfer)
                 progress.update(1)
         except BaseException:
             self.start_afresh(0.0)
@@ -406,11 +362,12 @@ class ModelRuntime:
         for layer in self.layers:
             layer.check_resident()
 
-    def _settle(self, key: ExpertKey, table: SlotTable, transfer: Transfer) -> None:
-        tensors = self.open_link().wait(transfer)
-        self.layers[key.layer].kernels.place(key.expert, tensors)
-        table.filled(key)
-        table.release(key)
+    def _settle(self, transfer: Transfer) -> None:
+        link, key = self.open_link(), transfer.key
+        link.wait([transfer])
+        if (tensors := link.arrival(key)) is not None:
+            self.layers[key.layer].kernels.place(key.expert, tensors)
+        link.tell(lambda: self.core.release([key]))
 
     def stats(self) -> Stats:
         counters = self.counters
@@ -421,7 +378,7 @@ class ModelRuntime:
             store=self.store.describe(),
             hits=counters.hits,
             misses=counters.misses,
-            evictions=counters.evictions,
+            evictions=counters.evictions + (self.core.evictions if self.link else 0),
             bytes_read=self.link.bytes_moved if self.link else 0,
             stall_seconds=counters.stall_seconds,
             prefills=counters.prefills,

@@ -6,7 +6,7 @@ test drive one and the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from promoe_triton.protocols import ExpertKey, Policy
 
@@ -22,6 +22,7 @@ class SlotTable:
         self._all = tuple(slots)
         if not self._all:
             raise ValueError("a slot table needs at least one slot")
+        self.evictions = 0
         self._free = list(reversed(self._all))
         self._policy = policy
         self._slot_of: dict[ExpertKey, int] = {}
@@ -60,25 +61,28 @@ class SlotTable:
         else:
             self._leases[key] -= 1
 
-    def admit(self, key: ExpertKey) -> tuple[int, ExpertKey | None]:
-        """Take a slot for an absent expert and lease it; return the slot and the expert that had to leave.
+    def touch(self, key: ExpertKey) -> None:
+        """Count a ready expert as used, without a lease."""
+        if not self.is_ready(key):
+            raise ValueError(f"{key} is not ready and cannot be touched")
+        self._policy.used(key)
 
-        `available` must not be 0.
-        """
+    def admit(self, key: ExpertKey, kept: Set[ExpertKey] = frozenset()) -> int | None:
+        """Take a slot for an absent expert and lease it; None where all others are leased or `kept`."""
         if key in self._slot_of:
             raise ValueError(f"{key} already has slot {self._slot_of[key]}")
-        evicted = None
         if not self._free:
-            evicted = self._policy.victim(self._leases.keys())
-            if evicted is None:
-                raise ValueError(f"no slot for {key}: all {len(self._all)} are leased")
-            self._vacate(evicted)
+            victim = self._policy.victim(self._leases.keys() | kept if kept else self._leases.keys())
+            if victim is None:
+                return None
+            self._vacate(victim)
+            self.evictions += 1
         slot = self._free.pop()
         self._slot_of[key] = slot
         self._filling.add(key)
         self._leases[key] = 1
         self._policy.admitted(key)
-        return slot, evicted
+        return slot
 
     def filled(self, key: ExpertKey) -> None:
         """The bytes of a filling expert have landed: it is ready, and still leased by who admitted it."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import bisect
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from promoe_triton.protocols import Chunk, Transfer, round_up
+
+URGENT = 0
+"""The rank of what a layer waits for. Speculation ranks by its deadline, a positive number: the sooner, the lower."""
 
 
 @dataclass(slots=True)
 class _Progress:
     ends: Sequence[int]
     whole: bool
+    rank: int
     cursor: int = 0
     landed: int = 0
     in_flight: int = 0
@@ -26,33 +29,45 @@ class _Progress:
 
 
 class TransferQueue:
-    """A feed of chunks, first come, first served.
+    """A feed of chunks: the lowest rank first, first come, first served among equals.
 
-    A transfer stays known from `push` until `forget`; what it still has in flight is counted.
+    Overtaking is nothing but asking again: a transfer that is passed over keeps its cursor and goes on from there.
+    Before its first chunk a transfer needs a slot: `start` is asked for one, and says whether it got it. A transfer
+    stays known from `push` until `forget`; what it still has in flight is counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: Callable[[Transfer, int], bool]) -> None:
+        self._start = start
         self._progress: dict[Transfer, _Progress] = {}
-        self._waiting: OrderedDict[Transfer, None] = OrderedDict()
+        self._waiting: dict[Transfer, _Progress] = {}
         self.errors: dict[Transfer, BaseException] = {}
 
     def __contains__(self, transfer: Transfer) -> bool:
         return transfer in self._progress
 
-    def push(self, transfer: Transfer, ends: Sequence[int], whole: bool = False) -> None:
+    def __iter__(self) -> Iterator[Transfer]:
+        """All transfers known, in the order they came."""
+        return iter(self._progress)
+
+    def push(self, transfer: Transfer, ends: Sequence[int], rank: int = URGENT, whole: bool = False) -> None:
         """Queue a transfer of so many bytes as its last end says.
 
         No chunk goes past an end (where one range of a file is followed by another), except that `whole` ones are
         handed out as a single chunk.
         """
-        self._progress[transfer] = _Progress(ends, whole)
-        self._waiting[transfer] = None
+        self._progress[transfer] = self._waiting[transfer] = _Progress(ends, whole, rank)
 
-    def next_chunk(self, budget: int) -> Chunk | None:
-        if not self._waiting:
-            return None
-        transfer = next(iter(self._waiting))
-        progress = self._progress[transfer]
+    def next_chunk(self, budget: int, speculative_budget: int | None = None) -> Chunk | None:
+        """Hand out at most `budget` bytes of the most urgent transfer; of speculation, at most its own budget."""
+        # Sorting is stable: equals stay in the order they came.
+        for transfer, progress in sorted(self._waiting.items(), key=lambda item: item[1].rank):
+            if progress.cursor or self._start(transfer, progress.rank):
+                if progress.rank != URGENT and speculative_budget is not None:
+                    budget = min(budget, speculative_budget)
+                return self._cut(transfer, progress, budget)
+        return None
+
+    def _cut(self, transfer: Transfer, progress: _Progress, budget: int) -> Chunk:
         begin = progress.cursor
         if progress.whole:
             end = progress.nbytes
@@ -69,7 +84,7 @@ class TransferQueue:
     def landed(self, chunk: Chunk) -> bool:
         progress = self._progress[chunk.transfer]
         progress.landed += chunk.end - chunk.begin
-        complete = progress.landed == progress.nbytes and not progress.stopped
+        complete = self.complete(chunk.transfer) and not progress.stopped
         if not complete:
             progress.in_flight -= 1
         return complete
@@ -82,6 +97,18 @@ class TransferQueue:
         self.errors.setdefault(chunk.transfer, error)
         self.stop(chunk.transfer)
 
+    def rank(self, transfer: Transfer) -> int:
+        return self._progress[transfer].rank
+
+    def promote(self, transfer: Transfer, rank: int) -> None:
+        """Give a transfer a lower rank; one that was stopped while it had chunks in flight goes on."""
+        progress = self._progress[transfer]
+        progress.rank = min(progress.rank, rank)
+        if progress.stopped and transfer not in self.errors:
+            progress.stopped = False
+            if progress.cursor < progress.nbytes:
+                self._waiting[transfer] = progress
+
     def stop(self, transfer: Transfer) -> None:
         """Hand out no further chunk of this transfer."""
         self._progress[transfer].stopped = True
@@ -89,6 +116,19 @@ class TransferQueue:
 
     def stopped(self, transfer: Transfer) -> bool:
         return self._progress[transfer].stopped
+
+    def begun(self, transfer: Transfer) -> int:
+        """Bytes that were handed out."""
+        return self._progress[transfer].cursor
+
+    def left(self, transfer: Transfer) -> int:
+        """Bytes that were not handed out yet."""
+        progress = self._progress[transfer]
+        return progress.nbytes - progress.cursor
+
+    def complete(self, transfer: Transfer) -> bool:
+        progress = self._progress[transfer]
+        return progress.landed == progress.nbytes
 
     def settled(self, transfer: Transfer) -> bool:
         """Whether nothing of this transfer is in flight or will be."""

@@ -151,10 +151,10 @@ def check_tables(model: Any) -> None:
         layer.table.check_integrity()
         assert layer.table.available() == len(layer.table)
     shared = runtime.link._shared
-    assert not shared.jobs
-    assert not shared.done
-    assert not shared.queue._progress
-    assert not shared.queue.errors
+    assert not shared.in_flight
+    assert not runtime.core._on_way
+    assert not runtime.core.queue._progress
+    assert not runtime.core.queue.errors
 
 
 def deleted(file: Path) -> None:

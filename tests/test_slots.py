@@ -65,29 +65,38 @@ class Slots(RuleBasedStateMachine):
     def ready(self) -> set[ExpertKey]:
         return self.slot.keys() - self.filling
 
-    @rule(key=st.sampled_from(KEYS))
-    def admit(self, key: ExpertKey) -> None:
+    @rule(key=st.sampled_from(KEYS), kept=st.sets(st.sampled_from(KEYS), max_size=3))
+    def admit(self, key: ExpertKey, kept: set[ExpertKey]) -> None:
         if key in self.slot:
             with pytest.raises(ValueError, match=f"already has slot {self.slot[key]}"):
-                self.table.admit(key)
+                self.table.admit(key, kept)
             return
         full = len(self.slot) == len(self.numbers)
-        if full and not self.unleased():
-            with pytest.raises(ValueError, match=f"all {len(self.numbers)} are leased"):
-                self.table.admit(key)
+        if full and not self.unleased() - kept:
+            assert self.table.admit(key, kept) is None
             return
-        expected = VICTIM[self.policy](self.history, self.unleased()) if full else None
-        slot, evicted = self.table.admit(key)
-        assert evicted == expected
-        if evicted is not None:
-            assert evicted not in self.leases
-            assert slot == self.slot.pop(evicted)
+        expected = VICTIM[self.policy](self.history, self.unleased() - kept) if full else None
+        evictions = self.table.evictions
+        slot = self.table.admit(key, kept)
+        assert self.table.evictions == evictions + (expected is not None)
+        if expected is not None:
+            assert self.table.slot_of(expected) is None
+            assert slot == self.slot.pop(expected)
         assert slot in self.numbers
         assert slot not in self.slot.values()
         self.slot[key] = slot
         self.filling.add(key)
         self.leases[key] = 1
         self.history.append(("admit", key))
+
+    @rule(key=st.sampled_from(KEYS))
+    def touch(self, key: ExpertKey) -> None:
+        if key not in self.ready():
+            with pytest.raises(ValueError, match="not ready"):
+                self.table.touch(key)
+            return
+        self.table.touch(key)
+        self.history.append(("use", key))
 
     @precondition(lambda self: self.filling)
     @rule(data=st.data())
@@ -155,19 +164,20 @@ def test_no_slots_are_refused() -> None:
 
 def test_slots_are_handed_out_in_order() -> None:
     table = SlotTable([5, 3, 9], make_policy("lru", {}))
-    assert [table.admit(key)[0] for key in KEYS[:3]] == [5, 3, 9]
+    assert [table.admit(key) for key in KEYS[:3]] == [5, 3, 9]
 
 
 def test_a_failed_admit_changes_nothing() -> None:
     table = SlotTable([0], make_policy("lru", {}))
     table.admit(KEYS[0])
-    with pytest.raises(ValueError, match="all 1 are leased"):
-        table.admit(KEYS[1])
+    assert table.admit(KEYS[1]) is None
     table.check_integrity()
     assert table.slot_of(KEYS[1]) is None
     table.filled(KEYS[0])
     table.release(KEYS[0])
-    assert table.admit(KEYS[1]) == (0, KEYS[0])
+    assert table.admit(KEYS[1], kept={KEYS[0]}) is None
+    assert table.admit(KEYS[1]) == 0
+    assert (table.slot_of(KEYS[0]), table.evictions) == (None, 1)
 
 
 def test_a_dropped_slot_is_free_whatever_its_leases() -> None:
@@ -178,7 +188,7 @@ def test_a_dropped_slot_is_free_whatever_its_leases() -> None:
     assert table.available() == 0
     table.drop(KEYS[0])
     assert table.available() == 1
-    assert table.admit(KEYS[0]) == (0, None)
+    assert (table.admit(KEYS[0]), table.evictions) == (0, 0)
 
 
 def twice(table: SlotTable) -> None:

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from promoe_triton.protocols import PAGE, Chunk, ExpertKey, Part, Transfer
-from promoe_triton.transfers import TransferQueue
+from promoe_triton.transfers import URGENT, TransferQueue
 
 KEY = ExpertKey(0, 0)
+
+
+def start(transfer: Transfer, rank: int) -> bool:
+    """Slots for all."""
+    transfer.slot = 0
+    return True
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +30,7 @@ class Expected:
     transfer: Transfer
     ends: list[int]
     whole: bool
+    rank: int
     cursor: int = 0
     landed: int = 0
     out: list[Chunk] = field(default_factory=list)
@@ -47,26 +54,40 @@ class Expected:
 class Queue(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
-        self.queue = TransferQueue()
+        self.queue = TransferQueue(self.start)
+        self.slots = True  # whether there is one for a transfer that begins
         self.known: list[Expected] = []  # in the order of `push`
         self.gone: list[Transfer] = []
+
+    def start(self, transfer: Transfer, rank: int) -> bool:
+        assert transfer.slot == -1
+        if self.slots or rank == URGENT:
+            transfer.slot = 0
+        return transfer.slot == 0
+
+    @rule()
+    def slots_come_and_go(self) -> None:
+        self.slots = not self.slots
 
     def pick(self, data: st.DataObject, among: list[Expected]) -> Expected:
         return among[data.draw(st.integers(0, len(among) - 1))]
 
-    @rule(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3), whole=st.booleans(), slot=st.integers(0, 1))
-    def push(self, sizes: list[int], whole: bool, slot: int) -> None:
-        # The same expert and slot again is another transfer.
-        transfer = Transfer(key=KEY, part=Part.WHOLE, slot=slot)
+    @rule(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3), whole=st.booleans(), rank=st.integers(URGENT, 2))
+    def push(self, sizes: list[int], whole: bool, rank: int) -> None:
+        # The same expert again is another transfer.
+        transfer = Transfer(key=KEY, part=Part.WHOLE)
         assert transfer not in self.queue
         ends = list(accumulate(sizes))
-        self.queue.push(transfer, ends, whole)
-        self.known.append(Expected(transfer, ends, whole))
+        self.queue.push(transfer, ends, rank, whole)
+        self.known.append(Expected(transfer, ends, whole, rank))
 
-    @rule(budget=st.integers(1, 20))
-    def next_chunk(self, budget: int) -> None:
-        chunk = self.queue.next_chunk(budget)
-        first = next((expected for expected in self.known if expected.waiting), None)
+    @rule(budget=st.integers(1, 20), speculative=st.integers(1, 20) | st.none())
+    def next_chunk(self, budget: int, speculative: int | None) -> None:
+        chunk = self.queue.next_chunk(budget, speculative)
+        ready = [e for e in self.known if e.waiting and (e.cursor or self.slots or e.rank == URGENT)]
+        first = min(ready, key=lambda expected: expected.rank, default=None)
+        if first is not None and first.rank != URGENT and speculative is not None:
+            budget = min(budget, speculative)
         if first is None:
             assert chunk is None
             return
@@ -117,6 +138,16 @@ class Queue(RuleBasedStateMachine):
         self.queue.stop(expected.transfer)
         expected.stopped = True
 
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), rank=st.integers(URGENT, 2))
+    def promote(self, data: st.DataObject, rank: int) -> None:
+        expected = self.pick(data, self.known)
+        if expected.stopped and not expected.out:
+            return  # what has settled is pushed anew
+        self.queue.promote(expected.transfer, rank)
+        expected.rank = min(expected.rank, rank)
+        expected.stopped = expected.error is not None
+
     @precondition(lambda self: any(expected.settled for expected in self.known))
     @rule(data=st.data())
     def forget(self, data: st.DataObject) -> None:
@@ -164,10 +195,10 @@ TestQueue.settings = settings(max_examples=150, stateful_step_count=40, deadline
     budgets=st.lists(st.integers(1, 40), min_size=1),
 )
 def test_each_byte_is_handed_out_once_and_in_order(wanted: list[tuple[list[int], bool]], budgets: list[int]) -> None:
-    queue = TransferQueue()
-    transfers = [Transfer(key=KEY, part=Part.WHOLE, slot=0) for _ in wanted]
+    queue = TransferQueue(start)
+    transfers = [Transfer(key=KEY, part=Part.WHOLE) for _ in wanted]
     for transfer, (sizes, whole) in zip(transfers, wanted, strict=True):
-        queue.push(transfer, list(accumulate(sizes)), whole)
+        queue.push(transfer, list(accumulate(sizes)), whole=whole)
     chunks: list[Chunk] = []
     while (chunk := queue.next_chunk(budgets[len(chunks) % len(budgets)])) is not None:
         chunks.append(chunk)
@@ -187,8 +218,8 @@ def test_each_byte_is_handed_out_once_and_in_order(wanted: list[tuple[list[int],
 
 
 def test_a_transfer_pushed_while_another_is_half_out_waits_its_turn() -> None:
-    queue = TransferQueue()
-    first, second = (Transfer(key=KEY, part=Part.WHOLE, slot=slot) for slot in range(2))
+    queue = TransferQueue(start)
+    first, second = (Transfer(key=KEY, part=Part.WHOLE) for _ in range(2))
     queue.push(first, [10])
     assert queue.next_chunk(4) == Chunk(transfer=first, begin=0, end=4)
     queue.push(second, [3])
@@ -204,9 +235,9 @@ def test_a_transfer_pushed_while_another_is_half_out_waits_its_turn() -> None:
 @settings(deadline=None)
 @given(pages=st.lists(st.integers(1, 100), min_size=1, max_size=4), budget=st.integers(1, 40))
 def test_a_range_is_cut_into_equal_chunks(pages: list[int], budget: int) -> None:
-    queue = TransferQueue()
+    queue = TransferQueue(start)
     ends = [PAGE * end for end in accumulate(pages)]
-    queue.push(Transfer(key=KEY, part=Part.WHOLE, slot=0), ends)
+    queue.push(Transfer(key=KEY, part=Part.WHOLE), ends)
     taken = list(iter(lambda: queue.next_chunk(PAGE * budget), None))
     for end, size in zip(ends, pages, strict=True):
         chunks = [(c.end - c.begin) // PAGE for c in taken if end - PAGE * size <= c.begin < end]
@@ -215,8 +246,8 @@ def test_a_range_is_cut_into_equal_chunks(pages: list[int], budget: int) -> None
 
 
 def test_nothing_more_of_a_stopped_transfer() -> None:
-    queue = TransferQueue()
-    transfer = Transfer(key=KEY, part=Part.WHOLE, slot=0)
+    queue = TransferQueue(start)
+    transfer = Transfer(key=KEY, part=Part.WHOLE)
     queue.push(transfer, [10])
     chunk = queue.next_chunk(4)
     assert chunk is not None
@@ -228,8 +259,8 @@ def test_nothing_more_of_a_stopped_transfer() -> None:
 
 
 def test_the_last_bytes_of_a_stopped_transfer_do_not_complete_it() -> None:
-    queue = TransferQueue()
-    transfer = Transfer(key=KEY, part=Part.WHOLE, slot=0)
+    queue = TransferQueue(start)
+    transfer = Transfer(key=KEY, part=Part.WHOLE)
     queue.push(transfer, [10], whole=True)
     chunk = queue.next_chunk(4)
     assert chunk is not None
@@ -239,8 +270,8 @@ def test_the_last_bytes_of_a_stopped_transfer_do_not_complete_it() -> None:
 
 
 def test_transfers_are_told_apart_by_identity() -> None:
-    one, other = (Transfer(key=KEY, part=Part.WHOLE, slot=0) for _ in range(2))
-    queue = TransferQueue()
+    one, other = (Transfer(key=KEY, part=Part.WHOLE) for _ in range(2))
+    queue = TransferQueue(start)
     queue.push(one, [1])
     assert one in queue
     assert other not in queue

@@ -6,26 +6,19 @@ import bisect
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from promoe_triton.core import Cuts
 from promoe_triton.errors import PromoeError
 from promoe_triton.memory import SlotMemory
-from promoe_triton.protocols import Chunk, ExpertTensors, Transfer
+from promoe_triton.protocols import Chunk, ExpertKey, ExpertTensors, Feed, Transfer
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
 from promoe_triton.stores.image import SlotImage
 from promoe_triton.stores.reader import FileReader
-from promoe_triton.transfers import TransferQueue
 
-
-@dataclass(slots=True)
-class _Job:
-    """A transfer with the places its bytes go to. Staged experts are read from files by their store."""
-
-    image: SlotImage
-    memory: SlotMemory
-    staged: bool
+R = TypeVar("R")
 
 
 @dataclass(slots=True)
@@ -36,11 +29,12 @@ class _Shared:
     reader: FileReader
     memory_of_layer: Sequence[SlotMemory]
     chunk_bytes: int
-    queue: TransferQueue = field(default_factory=TransferQueue)
-    jobs: dict[Transfer, _Job] = field(default_factory=dict)
-    done: dict[Transfer, ExpertTensors] = field(default_factory=dict)
+    feed: Feed | None = None
+    in_flight: int = 0
+    arrivals: dict[ExpertKey, ExpertTensors] = field(default_factory=dict)
     last_views: dict[tuple[int, int], tuple[Any, ExpertTensors]] = field(default_factory=dict)
     bytes_moved: int = 0
+    torn: bool = False
     closed: bool = False
     # Two conditions over one lock: a thread that is woken in vain takes the interpreter from one that is not.
     work: threading.Condition = field(init=False)
@@ -50,17 +44,23 @@ class _Shared:
         lock = threading.RLock()
         self.work, self.settled = threading.Condition(lock), threading.Condition(lock)
 
-    def views(self, job: _Job, slot: int) -> ExpertTensors:
+    def image(self, transfer: Transfer) -> SlotImage:
+        return self.store.image(transfer.key, self.reader.direct, transfer.part)
+
+    def cuts(self, transfer: Transfer) -> Cuts:
+        return Cuts(ends=self.image(transfer).ends, whole=self.store.staged(transfer.key.layer))
+
+    def views(self, image: SlotImage, memory: SlotMemory, slot: int) -> ExpertTensors:
         """Return a slot's tensors; most experts of a layer lie in a slot just as the one before them did."""
-        places, tensors = self.last_views.get((id(job.memory), slot), (None, {}))
-        if places != job.image.places:
-            places, tensors = job.image.places, job.image.views(job.memory.slot(slot))
-            self.last_views[id(job.memory), slot] = places, tensors
+        places, tensors = self.last_views.get((id(memory), slot), (None, {}))
+        if places != image.places:
+            places, tensors = image.places, image.views(memory.slot(slot))
+            self.last_views[id(memory), slot] = places, tensors
         return tensors
 
 
 class DiskLink:
-    """`depth` reads in flight, of at most `chunk_bytes` each."""
+    """`depth` reads in flight, of at most `chunk_bytes` each. Idle until it is given a feed."""
 
     def __init__(
         self,
@@ -92,63 +92,70 @@ class DiskLink:
     def bytes_moved(self) -> int:
         return self._shared.bytes_moved
 
-    def submit(self, transfer: Transfer) -> None:
+    @property
+    def cuts(self) -> Callable[[Transfer], Cuts]:
+        """How the bytes of a transfer may be cut into chunks. Does not keep the link alive."""
+        return self._shared.cuts
+
+    def tell(self, event: Callable[[], R]) -> R:
         shared = self._shared
         if shared.closed:
             raise PromoeError("this model's reading threads have been stopped; patch the model again")
-        store, layer = shared.store, transfer.key.layer
-        image = store.image(transfer.key, shared.reader.direct).of(transfer.part)
-        job = _Job(image, shared.memory_of_layer[layer], store.staged(layer))
         with shared.work:
-            shared.jobs[transfer] = job
-            shared.queue.push(transfer, image.ends, whole=job.staged)
+            # An interruption in the middle of a change leaves a feed that nobody may ask any more.
+            shared.torn = True
+            result = event()
+            shared.torn = False
             shared.work.notify_all()
+        return result
 
-    def wait(self, transfer: Transfer) -> ExpertTensors:
+    def wait(self, transfers: Sequence[Transfer]) -> Transfer:
         shared = self._shared
         with shared.settled:
             moved, since = shared.bytes_moved, time.monotonic()
-            while transfer not in shared.done and transfer not in shared.queue.errors:
+            while (arrived := self._arrived(transfers)) is None:
                 shared.settled.wait(timeout=min(self._timeout, 1.0))
                 if shared.bytes_moved != moved:
                     moved, since = shared.bytes_moved, time.monotonic()
                 elif time.monotonic() - since >= self._timeout:
-                    first = shared.jobs[transfer].image.extents[0]
+                    first = shared.image(transfers[0]).extents[0]
                     raise PromoeError(
-                        f"no byte arrived for {self._timeout:g} s while waiting for {_name(transfer)} from "
+                        f"no byte arrived for {self._timeout:g} s while waiting for {_name(transfers[0])} from "
                         f"{first.file} at offset {first.offset}"
                     )
-            if transfer in shared.queue.errors:
-                error = shared.queue.errors[transfer]
-                raise PromoeError(f"{_name(transfer)} could not be read: {error}") from error
-            tensors = shared.done.pop(transfer)
-            shared.queue.forget(transfer)
-            del shared.jobs[transfer]
-            return tensors
+            return arrived
 
-    def _forget_if_settled(self, transfer: Transfer) -> None:
-        shared = self._shared
-        if transfer in shared.queue:
-            shared.queue.stop(transfer)
-            if not shared.queue.settled(transfer):
-                return
-            shared.queue.forget(transfer)
-        del shared.jobs[transfer]
-        shared.done.pop(transfer, None)
+    def _arrived(self, transfers: Sequence[Transfer]) -> Transfer | None:
+        feed = self._shared.feed
+        assert feed is not None
+        arrived = next(filter(feed.ended, transfers), None)
+        if arrived is not None and (error := feed.error(arrived)) is not None:
+            raise PromoeError(f"{_name(arrived)} could not be read: {error}") from error
+        return arrived
+
+    def arrival(self, key: ExpertKey) -> ExpertTensors | None:
+        return self._shared.arrivals.pop(key, None)
 
     def drain(self, patience: float) -> bool:
         shared = self._shared
         deadline = time.monotonic() + patience
         with shared.settled:
-            while shared.jobs:
-                for transfer in list(shared.jobs):
-                    self._forget_if_settled(transfer)
+            shared.torn = True
+            while shared.in_flight:
                 left = deadline - time.monotonic()
-                if shared.jobs and left <= 0:
+                if left <= 0:
                     return False
-                if shared.jobs:
-                    shared.settled.wait(timeout=left)
+                shared.settled.wait(timeout=left)
+            shared.feed = None
+            shared.arrivals.clear()
         return True
+
+    def restart(self, feed: Feed) -> None:
+        shared = self._shared
+        with shared.work:
+            assert not shared.in_flight
+            shared.feed, shared.torn = feed, False
+            shared.work.notify_all()
 
     def close(self) -> None:
         self._finalize()
@@ -160,37 +167,55 @@ def _name(transfer: Transfer) -> str:
 
 def _work(shared: _Shared) -> None:
     while (chunk := _next(shared)) is not None:
-        job = shared.jobs[chunk.transfer]
+        error = None
         try:
-            moved = _copy(shared, job, chunk)
-            with shared.settled:
-                shared.bytes_moved += moved
-                complete = shared.queue.landed(chunk)
-                if shared.queue.stopped(chunk.transfer):
-                    shared.settled.notify_all()
+            complete = _copied(shared, chunk)
             if complete:
-                _finish(shared, job, chunk.transfer)
-        except BaseException as error:
-            with shared.settled:
-                shared.queue.failed(chunk, error)
-                shared.settled.notify_all()
+                _finish(shared, chunk.transfer)
+        except BaseException as caught:
+            error = caught
+        _settle(shared, chunk, error)
 
 
 def _next(shared: _Shared) -> Chunk | None:
     """Wait for the next chunk; None when the link closes."""
     with shared.work:
         while not shared.closed:
-            if (chunk := shared.queue.next_chunk(shared.chunk_bytes)) is not None:
-                return chunk
+            if shared.feed is not None and not shared.torn:
+                chunk = shared.feed.next_chunk(shared.chunk_bytes)
+                if chunk is not None:
+                    shared.in_flight += 1
+                    return chunk
             shared.work.wait()
     return None
 
 
-def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
+def _copied(shared: _Shared, chunk: Chunk) -> bool:
+    """Read one chunk into its slot; whether its transfer is complete with it."""
+    moved = _copy(shared, chunk)
+    with shared.settled:
+        shared.bytes_moved += moved
+        return shared.feed is not None and not shared.torn and shared.feed.landed(chunk)
+
+
+def _settle(shared: _Shared, chunk: Chunk, error: BaseException | None) -> None:
+    """Note that nothing of this chunk is in flight any more."""
+    with shared.settled:
+        shared.in_flight -= 1
+        if error is not None and shared.feed is not None and not shared.torn:
+            shared.feed.failed(chunk, error)
+        # A slot may be free now that somebody could not have before.
+        shared.work.notify()
+        if error is not None or shared.torn:
+            shared.settled.notify_all()
+
+
+def _copy(shared: _Shared, chunk: Chunk) -> int:
     """Read one chunk into its slot; return the bytes read."""
-    transfer, image, reader = chunk.transfer, job.image, shared.reader
-    if job.staged:
-        return shared.store.convert(transfer.key, image, job.memory.slot(transfer.slot), reader)
+    transfer, reader = chunk.transfer, shared.reader
+    image, memory = shared.image(transfer), shared.memory_of_layer[transfer.key.layer]
+    if shared.store.staged(transfer.key.layer):
+        return shared.store.convert(transfer.key, image, memory.slot(transfer.slot), reader)
     if chunk.begin == 0:
         for file in image.files:
             reader.check(file)  # opens it anew where it was exchanged for an equal one
@@ -202,25 +227,27 @@ def _copy(shared: _Shared, job: _Job, chunk: Chunk) -> int:
         extent.file,
         extent.offset + skip,
         nbytes,
-        job.memory.view,
-        transfer.slot * job.memory.slot_bytes + extent.slot_offset + skip,
+        memory.view,
+        transfer.slot * memory.slot_bytes + extent.slot_offset + skip,
         needed=min(nbytes, extent.needed - skip),
     )
     return nbytes
 
 
-def _finish(shared: _Shared, job: _Job, transfer: Transfer) -> None:
+def _finish(shared: _Shared, transfer: Transfer) -> None:
     """Put the last bytes in place and report the tensors."""
-    if not job.staged:
-        for file in job.image.files:
+    image, memory = shared.image(transfer), shared.memory_of_layer[transfer.key.layer]
+    if not shared.store.staged(transfer.key.layer):
+        for file in image.files:
             # Only a file that is still the same after the last read has surely been the same at the first.
             shared.reader.check(file)
-        apply_moves(job.image, job.memory.slot(transfer.slot))
-    tensors = shared.views(job, transfer.slot)
+        apply_moves(image, memory.slot(transfer.slot))
+    tensors = shared.views(image, memory, transfer.slot)
     with shared.settled:
-        shared.queue.finished(transfer)
-        shared.done[transfer] = tensors
-        shared.settled.notify_all()
+        if shared.feed is not None and not shared.torn:
+            shared.arrivals[transfer.key] = tensors
+            shared.feed.finished(transfer)
+            shared.settled.notify_all()
 
 
 def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:

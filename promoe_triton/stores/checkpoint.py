@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from promoe_triton.memory import SlotMemory
-from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, ExpertTensors, round_up
+from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, ExpertTensors, Part, round_up
 from promoe_triton.stores.conversion import ParameterSource
 from promoe_triton.stores.image import Piece, SlotImage, slot_image
 from promoe_triton.stores.reader import FileReader
@@ -35,7 +35,7 @@ class CheckpointStore:
         self._description = description
         files = {ref.file for layer in sources for s in layer.values() for refs in s.refs.values() for ref in refs}
         self.unchanged = Unchanged(sorted(files))
-        self._images: dict[tuple[ExpertKey, bool], SlotImage] = {}
+        self._images: dict[tuple[ExpertKey, bool, Part], SlotImage] = {}
         self._staging: SlotMemory | None = None
         self._staging_lock = threading.Lock()
 
@@ -54,10 +54,11 @@ class CheckpointStore:
         """Whether this layer's experts must be converted on their way into a slot."""
         return not all(source.plain for source in self._sources[layer].values())
 
-    def image(self, key: ExpertKey, direct: bool) -> SlotImage:
+    def image(self, key: ExpertKey, direct: bool, part: Part = Part.WHOLE) -> SlotImage:
         """Lay out one expert in a slot. A staged expert's tensors are at rest nowhere: they have no extents."""
-        if (known := self._images.get((key, direct))) is None:
-            known = self._images[key, direct] = self._image(key, direct)
+        if (known := self._images.get((key, direct, part))) is None:
+            known = self._image(key, direct) if part == Part.WHOLE else self.image(key, direct).of(part)
+            self._images[key, direct, part] = known
         return known
 
     def _image(self, key: ExpertKey, direct: bool) -> SlotImage:

@@ -1,0 +1,277 @@
+"""What is copied next, where to and in place of what. Decisions only, from events to the next piece of work.
+
+Pure and deterministic: no device, thread, clock or I/O, so that a real link, a simulator and a property test drive
+the same code. One method at a time may run; whoever drives it sees to that (links hold a lock).
+
+A layer tells which experts it needs when its gate is done (`gate`), asks for them (`ask`), and gives back what it
+no longer needs (`release`, `discard`). The link asks for chunks and tells what became of them. A predictor's ranking
+comes in by `predict` and becomes speculation: transfers that rank behind everything a layer waits for, by the layer
+they are for. Positions count layers since the start: layer l of pass p is at p * layers + l + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from promoe_triton.protocols import Chunk, ExpertKey, Part, Transfer
+from promoe_triton.slots import SlotTable
+from promoe_triton.transfers import URGENT, TransferQueue
+
+STREAM_BUFFERS = 2
+"""Slots that experts pass through when a call needs more of them than there are slots."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cuts:
+    """How a transfer's bytes may be cut: running totals of its ranges; `whole`: not at all."""
+
+    ends: Sequence[int]
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """The experts of one call: resident ones (leased), those that will stay, and those that pass through.
+
+    Those that pass through are copied half by half, so that every byte is still copied once.
+    """
+
+    resident: list[ExpertKey]
+    missing: list[ExpertKey]
+    streamed: list[ExpertKey]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of speculation: experts copied ahead that were there in time, or were still on their way.
+
+    Every other one of the issued was wasted, or has yet to prove itself.
+    """
+
+    issued: int = 0
+    on_time: int = 0
+    late: int = 0
+
+
+class Core:
+    """Slots, transfers and speculation of one model.
+
+    tables: the slot table of each layer; layers may share one. cuts: how a transfer may be cut into chunks.
+    """
+
+    def __init__(self, tables: Sequence[SlotTable], cuts: Callable[[Transfer], Cuts]) -> None:
+        self.tables = tables
+        self.queue = TransferQueue(self._start)
+        self.tally = Tally()
+        self.position = 0
+        self._cuts = cuts
+        self._on_way: dict[ExpertKey, Transfer] = {}
+        self._expected: dict[ExpertKey, int] = {}
+        self._unproven: set[ExpertKey] = set()
+
+    # What a layer tells.
+
+    def gate(self, layer: int, experts: Iterable[int]) -> Needs:
+        """Layer `layer` needs these experts now: lease those that are resident, drop what was expected in vain."""
+        table = self.tables[layer]
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        self._advance(layer)
+        self._drop_stale(layer, set(keys))
+        resident, missing = [], []
+        for key in keys:
+            if table.is_ready(key):
+                table.lease(key)
+                resident.append(key)
+                self.tally.on_time += self._proven(key)
+            else:
+                missing.append(key)
+                self.tally.late += self._proven(key)
+        # What is furthest on its way comes first: the order of computation is that of arrival.
+        missing.sort(key=lambda key: -self._begun(key))
+        streamed: list[ExpertKey] = []
+        kept = len(table) - len(resident)
+        if kept < len(missing):
+            buffers = min(STREAM_BUFFERS, len(table))
+            while kept < buffers:
+                # Resident experts fill every slot: some of them must pass through as well.
+                key = resident.pop()
+                table.drop(key)
+                missing.append(key)
+                kept += 1
+            kept -= buffers
+            missing, streamed = missing[:kept], missing[kept:]
+        return Needs(resident=resident, missing=missing, streamed=streamed)
+
+    def ask(self, key: ExpertKey, part: Part) -> Transfer:
+        """Make the copy of an expert that a layer waits for urgent, whether it is on its way or not."""
+        known = self._on_way.get(key)
+        if known is not None and known.part == part and known not in self.queue.errors:
+            self.queue.promote(known, URGENT)
+            return known
+        if known is not None:
+            self._drop(known)
+        return self._push(key, part, URGENT)
+
+    def ended(self, transfer: Transfer) -> bool:
+        """Whether an urgent transfer has arrived, and its expert can be read, or has failed."""
+        return transfer not in self.queue or transfer in self.queue.errors
+
+    def error(self, transfer: Transfer) -> BaseException | None:
+        """Return what a transfer failed with."""
+        return self.queue.errors.get(transfer)
+
+    def release(self, keys: Iterable[ExpertKey]) -> None:
+        """These leased experts are not read any more."""
+        for key in keys:
+            self.tables[key.layer].release(key)
+
+    def discard(self, key: ExpertKey) -> None:
+        """An expert that passes through is not read any more, and its slot is free."""
+        self.tables[key.layer].drop(key)
+
+    def predict(self, position: int, keys: Iterable[ExpertKey], nbytes: float) -> None:
+        """Speculate that these experts, most likely first, will be needed at `position`.
+
+        Resident ones count as used, so that they stay. Of the others as many are queued as fit into `nbytes`.
+        """
+        for key in keys:
+            self._expected[key] = min(position, self._expected.get(key, position))
+            table = self.tables[key.layer]
+            if table.is_ready(key):
+                table.touch(key)
+            elif (known := self._on_way.get(key)) is not None:
+                self.queue.promote(known, position)
+            elif len(table) > 1:
+                transfer = Transfer(key=key, part=Part.WHOLE)
+                nbytes -= self._cuts(transfer).ends[-1]
+                if nbytes < 0:
+                    return
+                self._push(key, Part.WHOLE, position)
+                self._unproven.add(key)
+                self.tally.issued += 1
+
+    def position_of(self, layer: int, steps: int) -> int:
+        """Return the next position of `layer`, `steps` passes from now; 0: in this pass."""
+        done = (self.position - 1) // len(self.tables) if self.position else 0
+        return (done + steps) * len(self.tables) + layer + 1
+
+    def queued(self, position: int) -> int:
+        """Bytes that are to be copied before or for `position`."""
+        return sum(
+            self.queue.left(t) for t in self.queue if self.queue.rank(t) <= position and not self.queue.stopped(t)
+        )
+
+    # What a link asks and tells.
+
+    def next_chunk(self, budget: int, speculative_budget: int | None = None) -> Chunk | None:
+        return self.queue.next_chunk(budget, speculative_budget)
+
+    def landed(self, chunk: Chunk) -> bool:
+        complete = self.queue.landed(chunk)
+        self._settle(chunk.transfer)
+        return complete
+
+    def finished(self, transfer: Transfer) -> None:
+        """The expert is in its slot: leased where a layer waits for it, else free to be evicted."""
+        self.queue.finished(transfer)
+        key, urgent = transfer.key, self.queue.rank(transfer) == URGENT
+        self.queue.forget(transfer)
+        del self._on_way[key]
+        self.tables[key.layer].filled(key)
+        if not urgent:
+            self.tables[key.layer].release(key)
+
+    def failed(self, chunk: Chunk, error: BaseException) -> None:
+        self.queue.failed(chunk, error)
+        if self.queue.rank(chunk.transfer) != URGENT:
+            self._settle(chunk.transfer)  # whoever needs it will ask again
+
+    @property
+    def evictions(self) -> int:
+        """Experts that have left a slot for another."""
+        return sum(table.evictions for table in {*self.tables})
+
+    # How it is decided.
+
+    def _advance(self, layer: int) -> None:
+        layers = len(self.tables)
+        done = (self.position - 1) // layers if self.position else 0
+        position = done * layers + layer + 1
+        self.position = position if position > self.position else position + layers
+
+    def _drop_stale(self, layer: int, needed: Collection[ExpertKey]) -> None:
+        """Early preemption (paper, section on prefetching): what this layer was expected to need and does not."""
+        for key in [k for k, position in self._expected.items() if k.layer == layer and position <= self.position]:
+            del self._expected[key]
+            if key not in needed and key in self._on_way and not self.queue.complete(self._on_way[key]):
+                self._unproven.discard(key)
+                self._drop(self._on_way[key])
+
+    def _proven(self, key: ExpertKey) -> bool:
+        """Whether `key` was speculated on and nobody has needed it before; asked once."""
+        proven = key in self._unproven
+        self._unproven.discard(key)
+        return proven
+
+    def _begun(self, key: ExpertKey) -> int:
+        known = self._on_way.get(key)
+        return self.queue.begun(known) if known is not None else 0
+
+    def _push(self, key: ExpertKey, part: Part, rank: int) -> Transfer:
+        transfer = self._on_way[key] = Transfer(key=key, part=part)
+        cuts = self._cuts(transfer)
+        self.queue.push(transfer, cuts.ends, rank, cuts.whole)
+        return transfer
+
+    def _drop(self, transfer: Transfer) -> None:
+        self.queue.stop(transfer)
+        self._settle(transfer)
+
+    def _settle(self, transfer: Transfer) -> None:
+        """Forget a stopped transfer once nothing of it is in flight: its slot is free then."""
+        if not self.queue.stopped(transfer) or not self.queue.settled(transfer):
+            return
+        if transfer in self.queue.errors and self.queue.rank(transfer) == URGENT:
+            return  # its error has yet to be told
+        self.forget(transfer)
+
+    def forget(self, transfer: Transfer) -> None:
+        """Let go of a settled transfer that is not complete."""
+        self.queue.forget(transfer)
+        if transfer.slot >= 0:
+            self.tables[transfer.key.layer].drop(transfer.key)
+        if self._on_way.get(transfer.key) is transfer:
+            del self._on_way[transfer.key]
+
+    def _start(self, transfer: Transfer, rank: int) -> bool:
+        """Take a slot for a transfer whose first chunk is about to be written; False where there is none now."""
+        key = transfer.key
+        table = self.tables[key.layer]
+        if table.slot_of(key) is not None:
+            return False  # bytes of a copy that was dropped are still in flight
+        if rank == URGENT:
+            slot = table.admit(key, self._expected.keys())
+            if slot is None:
+                slot = table.admit(key)
+            if slot is None:
+                self._sacrifice(table)
+                slot = table.admit(key)
+        elif sum(t.slot >= 0 for t in self._speculation(table)) >= len(table) - 1:
+            slot = None  # one slot is closed to speculation
+        else:
+            slot = table.admit(key, {k for k, position in self._expected.items() if position <= rank})
+        if slot is None:
+            return False
+        transfer.slot = slot
+        return True
+
+    def _speculation(self, table: SlotTable) -> list[Transfer]:
+        """Return what is on its way into a table and not urgent."""
+        return [t for t in self.queue if self.queue.rank(t) != URGENT and self.tables[t.key.layer] is table]
+
+    def _sacrifice(self, table: SlotTable) -> None:
+        """Drop the speculation that is needed last of those that hold a slot: a layer waits for it."""
+        holding = [t for t in self._speculation(table) if t.slot >= 0 and not self.queue.complete(t)]
+        if holding:
+            self._drop(max(holding, key=self.queue.rank))
