@@ -1,0 +1,315 @@
+"""The core, driven as links and layers drive it, in any order that may occur."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, cast
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from promoe_triton.core import Core, Cuts, Needs
+from promoe_triton.policies import make_policy
+from promoe_triton.protocols import PAGE, Chunk, ExpertKey, Part, Transfer
+from promoe_triton.slots import SlotTable
+from promoe_triton.transfers import URGENT
+
+LAYERS, EXPERTS = 3, 5
+PAGES = {Part.UP: 4, Part.DOWN: 2, Part.WHOLE: 6}
+
+
+def cuts(transfer: Transfer) -> Cuts:
+    """UP is one range and DOWN another; the experts of the last layer are converted on their way, whole."""
+    ends = (4 * PAGE, 6 * PAGE) if transfer.part == Part.WHOLE else (PAGES[transfer.part] * PAGE,)
+    return Cuts(ends=ends, whole=transfer.key.layer == LAYERS - 1)
+
+
+def make_core(slots: list[int], shared: bool = False) -> Core:
+    if shared:
+        return Core([SlotTable(range(sum(slots)), make_policy("lru", {}))] * len(slots), cuts)
+    return Core([SlotTable(range(n), make_policy("lru", {})) for n in slots], cuts)
+
+
+def drive(core: Core, budget: int = PAGE) -> Transfer | None:
+    """Let a link with one read in flight do its next piece of work; return what it was for."""
+    chunk = core.next_chunk(budget)
+    if chunk is None:
+        return None
+    if core.landed(chunk):
+        core.finished(chunk.transfer)
+    return chunk.transfer
+
+
+class Driven(RuleBasedStateMachine):
+    """Chunks that are out land in any order; calls of layers go on while speculation comes and goes."""
+
+    @initialize(slots=st.lists(st.integers(1, 6), min_size=LAYERS, max_size=LAYERS), shared=st.booleans())
+    def open(self, slots: list[int], shared: bool) -> None:
+        self.core = make_core(slots, shared)
+        self.out: list[Chunk] = []
+        self.touching: list[Transfer] = []
+        self.given: Counter[Transfer] = Counter()
+        self.layer = -1
+
+    def tables(self) -> set[SlotTable]:
+        return {*self.core.tables}
+
+    # Speculation and what a link does.
+
+    @rule(
+        layer=st.integers(0, LAYERS - 1),
+        steps=st.integers(0, 2),
+        experts=st.lists(st.integers(0, EXPERTS - 1), unique=True),
+        room=st.integers(0, 30),
+    )
+    def predict(self, layer: int, steps: int, experts: list[int], room: int) -> None:
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        before = self.core.tally.issued
+        self.core.predict(self.core.position_of(layer, steps), keys, room * PAGE)
+        assert (self.core.tally.issued - before) * PAGES[Part.WHOLE] <= room, "no more than there is room for"
+
+    @rule(budget=st.integers(1, 5), speculative=st.integers(1, 5) | st.none())
+    def next_chunk(self, budget: int, speculative: int | None) -> None:
+        chunk = self.core.next_chunk(budget * PAGE, speculative * PAGE if speculative else None)
+        if chunk is None:
+            return
+        transfer = chunk.transfer
+        assert chunk.begin == self.given[transfer], "every byte once, in order"
+        self.given[transfer] = chunk.end
+        table = self.core.tables[transfer.key.layer]
+        assert table.slot_of(transfer.key) == transfer.slot, "what is written is occupied"
+        assert not table.is_ready(transfer.key), "and nobody reads it"
+        queue = self.core.queue
+        if queue.rank(transfer) != URGENT:
+            passed_over = [t for t in queue if queue.rank(t) == URGENT and not queue.stopped(t) and queue.left(t)]
+            assert all(t.slot == -1 for t in passed_over), "speculation goes only where nothing urgent can"
+        self.out.append(chunk)
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data())
+    def land(self, data: st.DataObject) -> None:
+        chunk = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+        if self.core.landed(chunk):
+            assert self.given[chunk.transfer] == cuts(chunk.transfer).ends[-1]
+            self.touching.append(chunk.transfer)
+
+    @precondition(lambda self: self.touching)
+    @rule()
+    def finish(self) -> None:
+        transfer = self.touching.pop()
+        self.core.finished(transfer)
+        assert self.core.tables[transfer.key.layer].is_ready(transfer.key)
+
+    @precondition(lambda self: any(self.core.queue.rank(chunk.transfer) != URGENT for chunk in self.out))
+    @rule()
+    def fail(self) -> None:
+        """A copy that nobody waits for yet."""
+        chunk = next(chunk for chunk in self.out if self.core.queue.rank(chunk.transfer) != URGENT)
+        self.out.remove(chunk)
+        self.core.failed(chunk, OSError("mine"))
+
+    # Calls of layers, in the order of a forward.
+
+    def settle(self, pending: list[Transfer]) -> Transfer:
+        """Wait as a layer does: a bounded number of steps of the link must bring one of these."""
+        for _ in range(2000):
+            done = next((transfer for transfer in pending if self.core.ended(transfer)), None)
+            if done is not None:
+                assert self.core.error(done) is None
+                pending.remove(done)
+                return done
+            if self.touching:
+                self.finish()
+            elif self.out:
+                chunk = self.out.pop()
+                if self.core.landed(chunk):
+                    self.touching.append(chunk.transfer)
+            else:
+                before = len(self.out)
+                self.next_chunk(2, None)
+                assert len(self.out) > before, "somebody waits, nothing is in flight, and nothing can be started"
+        raise AssertionError("never came")
+
+    @rule(experts=st.lists(st.integers(0, EXPERTS - 1), unique=True))
+    def call(self, experts: list[int]) -> None:
+        core = self.core
+        self.layer = (self.layer + 1) % LAYERS
+        table = core.tables[self.layer]
+        needs = core.gate(self.layer, experts)
+        self.check(needs, experts)
+        up = [core.ask(key, Part.WHOLE) for key in needs.missing] + [core.ask(key, Part.UP) for key in needs.streamed]
+        computed = [key.expert for key in needs.resident]
+        while up:
+            computed.append(self.arrived(self.settle(up)))
+        assert sorted(computed) == sorted(experts), "every expert once"
+        kept = [*needs.resident, *needs.missing]
+        assert all(map(table.is_ready, kept)), "nothing that will be read has left"
+        down, again = [core.ask(key, Part.DOWN) for key in needs.streamed], []
+        while down:
+            again.append(self.arrived(self.settle(down)))
+        assert sorted(again) == sorted(key.expert for key in needs.streamed)
+        core.release(kept)
+
+    def check(self, needs: Needs, experts: list[int]) -> None:
+        table = self.core.tables[self.layer]
+        all_keys = [*needs.resident, *needs.missing, *needs.streamed]
+        assert sorted(key.expert for key in all_keys) == sorted(experts)
+        assert len(needs.resident) + len(needs.missing) <= len(table)
+        for transfer in self.core.queue:
+            late = self.core.queue.rank(transfer) <= self.core.position and transfer.key.layer == self.layer
+            if late and transfer.key.expert not in experts and not self.core.queue.complete(transfer):
+                assert self.core.queue.stopped(transfer), "stale speculation is dropped"
+
+    def arrived(self, transfer: Transfer) -> int:
+        table = self.core.tables[transfer.key.layer]
+        assert table.is_ready(transfer.key)
+        if transfer.part != Part.WHOLE:
+            self.core.discard(transfer.key)
+        return transfer.key.expert
+
+    @invariant()
+    def holds(self) -> None:
+        core = self.core
+        for table in self.tables():
+            table.check_integrity()
+            ahead = [t for t in core._speculation(table) if t.slot >= 0 and not core.queue.stopped(t)]
+            assert len(ahead) <= max(len(table) - 1, 0), "one slot is closed to speculation"
+        known = list(core.queue)
+        assert {*core._on_way.values()} <= {*known}
+        flying = {*(chunk.transfer for chunk in self.out), *self.touching}
+        assert all(t in flying for t in known if core.queue.stopped(t)), "what is dropped goes when it has landed"
+        assert len(known) <= 2 * LAYERS * EXPERTS
+        assert len(core._expected) <= LAYERS * EXPERTS
+        assert len(core._unproven) <= LAYERS * EXPERTS
+
+    def teardown(self) -> None:
+        """When all has landed, every slot is ready or free and every lease given back."""
+        if not hasattr(self, "core"):
+            return
+        while self.touching or self.out:
+            self.finish() if self.touching else self.land_last()
+        while (chunk := self.core.next_chunk(100 * PAGE)) is not None:
+            self.out.append(chunk)
+            self.land_last()
+            if self.touching:
+                self.finish()
+        for table in self.tables():
+            assert table.available() == len(table)
+
+    def land_last(self) -> None:
+        chunk = self.out.pop()
+        if self.core.landed(chunk):
+            self.touching.append(chunk.transfer)
+
+
+TestDriven = cast(Any, Driven).TestCase
+TestDriven.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def fill(core: Core, layer: int, experts: list[int]) -> None:
+    """One call of a layer, alone."""
+    needs = core.gate(layer, experts)
+    for key in needs.missing:
+        core.ask(key, Part.WHOLE)
+    while drive(core) is not None:
+        pass
+    core.release([*needs.resident, *needs.missing])
+
+
+def test_an_urgent_copy_overtakes_and_the_half_done_one_goes_on() -> None:
+    core = make_core([4, 4, 4])
+    core.predict(core.position_of(1, 0), [ExpertKey(1, 0)], 100 * PAGE)
+    ahead = drive(core)
+    assert ahead is not None
+    assert ahead.key == ExpertKey(1, 0)
+    needs = core.gate(0, [2])
+    urgent = core.ask(needs.missing[0], Part.WHOLE)
+    order = [drive(core) for _ in range(12)]
+    assert order[:6] == [urgent] * 6
+    assert order[6:] == [ahead] * 5 + [None], "five of six pages were left"
+
+
+def test_stale_speculation_is_dropped_and_its_slot_free() -> None:
+    core = make_core([4, 4, 4])
+    core.predict(core.position_of(0, 0), [ExpertKey(0, 1), ExpertKey(0, 2)], 100 * PAGE)
+    chunk = core.next_chunk(PAGE)
+    assert chunk is not None
+    assert chunk.transfer.key == ExpertKey(0, 1)
+    needs = core.gate(0, [2])
+    assert needs.missing == [ExpertKey(0, 2)]
+    core.ask(needs.missing[0], Part.WHOLE)
+    assert core.tables[0].slot_of(ExpertKey(0, 1)) is not None, "bytes are still on their way into it"
+    assert core.landed(chunk) is False
+    assert core.tables[0].slot_of(ExpertKey(0, 1)) is None
+    assert (core.tally.issued, core.tally.late) == (2, 1)
+
+
+def test_what_has_come_furthest_comes_first() -> None:
+    core = make_core([4, 4, 4])
+    core.predict(core.position_of(0, 0), [ExpertKey(0, 3), ExpertKey(0, 1)], 100 * PAGE)
+    for _ in range(7):
+        drive(core)
+    assert core.tables[0].is_ready(ExpertKey(0, 3))
+    needs = core.gate(0, [0, 1, 2, 3])
+    assert [key.expert for key in needs.resident] == [3]
+    assert [key.expert for key in needs.missing] == [1, 0, 2]
+    assert (core.tally.on_time, core.tally.late) == (1, 1)
+
+
+@pytest.mark.parametrize(("position", "stays"), [(1, True), (3, False)], ids=["sooner", "later"])
+def test_speculation_takes_no_slot_of_what_is_expected_sooner(position: int, stays: bool) -> None:
+    core = make_core([2, 2, 2])
+    fill(core, 0, [0, 1])
+    core.predict(core.position_of(0, position), [ExpertKey(0, 0), ExpertKey(0, 1)], 0)
+    core.predict(core.position_of(0, 2), [ExpertKey(0, 2)], 100 * PAGE)
+    drive(core)
+    assert core.tables[0].is_ready(ExpertKey(0, 0)) is stays
+    assert core.tables[0].is_ready(ExpertKey(0, 1))
+
+
+def test_one_slot_is_closed_to_speculation() -> None:
+    core = make_core([1, 2, 2])
+    for layer in (0, 1):
+        core.predict(core.position_of(layer, 0), [ExpertKey(layer, e) for e in range(4)], 100 * PAGE)
+    started = [drive(core, budget=PAGE) for _ in range(30)]
+    assert {t.key.layer for t in started if t} == {1}
+
+
+def test_a_prediction_that_comes_true_twice_counts_once() -> None:
+    core = make_core([3, 3, 3])
+    core.predict(core.position_of(0, 0), [ExpertKey(0, 0)], 100 * PAGE)
+    while drive(core) is not None:
+        pass
+    fill(core, 0, [0])
+    fill(core, 0, [0])
+    assert core.tally.on_time == 1
+
+
+def test_a_predicted_resident_expert_counts_as_used() -> None:
+    core = make_core([3, 3, 3])
+    fill(core, 0, [0, 1, 2])
+    core.predict(core.position_of(0, 1), [ExpertKey(0, 0)], 0)
+    core.gate(1, [])
+    fill(core, 0, [3])
+    assert not core.tables[0].is_ready(ExpertKey(0, 1)), "the least recently used one that nobody expects"
+
+
+@pytest.mark.parametrize(
+    ("done", "layer", "steps", "position"),
+    [([], 1, 0, 2), ([0], 0, 0, 1), ([0], 2, 0, 3), ([0], 0, 1, 4), ([0, 1, 2], 0, 1, 4), ([0, 1, 2, 0], 1, 0, 5)],
+)
+def test_positions(done: list[int], layer: int, steps: int, position: int) -> None:
+    core = make_core([1, 1, 1])
+    for index in done:
+        core.gate(index, [])
+    assert core.position_of(layer, steps) == position
+
+
+def test_what_is_to_be_copied_before_a_deadline() -> None:
+    core = make_core([4, 4, 4])
+    core.predict(core.position_of(1, 0), [ExpertKey(1, 0)], 100 * PAGE)
+    core.predict(core.position_of(2, 0), [ExpertKey(2, 0)], 100 * PAGE)
+    drive(core)
+    assert [core.queued(position) // PAGE for position in (1, 2, 3)] == [0, 5, 11]
