@@ -62,7 +62,7 @@ class Core:
 
     def __init__(self, tables: Sequence[SlotTable], cuts: Callable[[Transfer], Cuts]) -> None:
         self.tables = tables
-        self.queue = TransferQueue(self._start)
+        self.queue = TransferQueue()
         self.tally = Tally()
         self.position = 0
         self._cuts = cuts
@@ -165,22 +165,26 @@ class Core:
     # What a link asks and tells.
 
     def next_chunk(self, budget: int, speculative_budget: int | None = None) -> Chunk | None:
-        return self.queue.next_chunk(budget, speculative_budget)
+        return self.queue.next_chunk(budget, speculative_budget, self._start)
 
     def landed(self, chunk: Chunk) -> bool:
         complete = self.queue.landed(chunk)
         self._settle(chunk.transfer)
         return complete
 
-    def finished(self, transfer: Transfer) -> None:
+    def finished(self, transfer: Transfer) -> bool:
         """The expert is in its slot: leased where a layer waits for it, else free to be evicted."""
         self.queue.finished(transfer)
+        if self.queue.stopped(transfer):
+            self._settle(transfer)  # a layer has asked for the expert in another form meanwhile
+            return False
         key, urgent = transfer.key, self.queue.rank(transfer) == URGENT
         self.queue.forget(transfer)
         del self._on_way[key]
         self.tables[key.layer].filled(key)
         if not urgent:
             self.tables[key.layer].release(key)
+        return True
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
         self.queue.failed(chunk, error)

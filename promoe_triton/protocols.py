@@ -143,8 +143,8 @@ class Feed(Protocol):
         """
         ...
 
-    def finished(self, transfer: Transfer) -> None:
-        """Note that the link is done with a complete transfer's slot."""
+    def finished(self, transfer: Transfer) -> bool:
+        """Note that the link is done with a complete transfer's slot; whether its expert can be read there."""
         ...
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:

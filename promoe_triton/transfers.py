@@ -18,6 +18,7 @@ class _Progress:
     ends: Sequence[int]
     whole: bool
     rank: int
+    order: int
     cursor: int = 0
     landed: int = 0
     in_flight: int = 0
@@ -32,12 +33,11 @@ class TransferQueue:
     """A feed of chunks: the lowest rank first, first come, first served among equals.
 
     Overtaking is nothing but asking again: a transfer that is passed over keeps its cursor and goes on from there.
-    Before its first chunk a transfer needs a slot: `start` is asked for one, and says whether it got it. A transfer
-    stays known from `push` until `forget`; what it still has in flight is counted.
+    A transfer stays known from `push` until `forget`; what it still has in flight is counted.
     """
 
-    def __init__(self, start: Callable[[Transfer, int], bool]) -> None:
-        self._start = start
+    def __init__(self) -> None:
+        self._pushed = 0
         self._progress: dict[Transfer, _Progress] = {}
         self._waiting: dict[Transfer, _Progress] = {}
         self.errors: dict[Transfer, BaseException] = {}
@@ -55,13 +55,18 @@ class TransferQueue:
         No chunk goes past an end (where one range of a file is followed by another), except that `whole` ones are
         handed out as a single chunk.
         """
-        self._progress[transfer] = self._waiting[transfer] = _Progress(ends, whole, rank)
+        self._progress[transfer] = self._waiting[transfer] = _Progress(ends, whole, rank, self._pushed)
+        self._pushed += 1
 
-    def next_chunk(self, budget: int, speculative_budget: int | None = None) -> Chunk | None:
-        """Hand out at most `budget` bytes of the most urgent transfer; of speculation, at most its own budget."""
-        # Sorting is stable: equals stay in the order they came.
-        for transfer, progress in sorted(self._waiting.items(), key=lambda item: item[1].rank):
-            if progress.cursor or self._start(transfer, progress.rank):
+    def next_chunk(
+        self, budget: int, speculative_budget: int | None, start: Callable[[Transfer, int], bool]
+    ) -> Chunk | None:
+        """Hand out at most `budget` bytes of the most urgent transfer; of speculation, at most its own budget.
+
+        start: takes a slot for a transfer of some rank whose first chunk comes next; False where there is none now.
+        """
+        for transfer, progress in sorted(self._waiting.items(), key=lambda item: (item[1].rank, item[1].order)):
+            if progress.cursor or start(transfer, progress.rank):
                 if progress.rank != URGENT and speculative_budget is not None:
                     budget = min(budget, speculative_budget)
                 return self._cut(transfer, progress, budget)
@@ -101,9 +106,9 @@ class TransferQueue:
         return self._progress[transfer].rank
 
     def promote(self, transfer: Transfer, rank: int) -> None:
-        """Give a transfer a lower rank; one that was stopped while it had chunks in flight goes on."""
+        """Give a transfer a lower rank; one that was stopped while it had chunks in flight goes on with this one."""
         progress = self._progress[transfer]
-        progress.rank = min(progress.rank, rank)
+        progress.rank = rank if progress.stopped else min(progress.rank, rank)
         if progress.stopped and transfer not in self.errors:
             progress.stopped = False
             if progress.cursor < progress.nbytes:

@@ -99,8 +99,9 @@ class Driven(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         transfer = self.touching.pop()
-        self.core.finished(transfer)
-        assert self.core.tables[transfer.key.layer].is_ready(transfer.key)
+        dropped = self.core.queue.stopped(transfer)
+        assert self.core.finished(transfer) is not dropped
+        assert self.core.tables[transfer.key.layer].is_ready(transfer.key) is not dropped
 
     @precondition(lambda self: any(self.core.queue.rank(chunk.transfer) != URGENT for chunk in self.out))
     @rule()

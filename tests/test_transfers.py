@@ -54,7 +54,7 @@ class Expected:
 class Queue(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
-        self.queue = TransferQueue(self.start)
+        self.queue = TransferQueue()
         self.slots = True  # whether there is one for a transfer that begins
         self.known: list[Expected] = []  # in the order of `push`
         self.gone: list[Transfer] = []
@@ -83,7 +83,7 @@ class Queue(RuleBasedStateMachine):
 
     @rule(budget=st.integers(1, 20), speculative=st.integers(1, 20) | st.none())
     def next_chunk(self, budget: int, speculative: int | None) -> None:
-        chunk = self.queue.next_chunk(budget, speculative)
+        chunk = self.queue.next_chunk(budget, speculative, self.start)
         ready = [e for e in self.known if e.waiting and (e.cursor or self.slots or e.rank == URGENT)]
         first = min(ready, key=lambda expected: expected.rank, default=None)
         if first is not None and first.rank != URGENT and speculative is not None:
@@ -145,7 +145,7 @@ class Queue(RuleBasedStateMachine):
         if expected.stopped and not expected.out:
             return  # what has settled is pushed anew
         self.queue.promote(expected.transfer, rank)
-        expected.rank = min(expected.rank, rank)
+        expected.rank = rank if expected.stopped else min(expected.rank, rank)
         expected.stopped = expected.error is not None
 
     @precondition(lambda self: any(expected.settled for expected in self.known))
@@ -195,12 +195,12 @@ TestQueue.settings = settings(max_examples=150, stateful_step_count=40, deadline
     budgets=st.lists(st.integers(1, 40), min_size=1),
 )
 def test_each_byte_is_handed_out_once_and_in_order(wanted: list[tuple[list[int], bool]], budgets: list[int]) -> None:
-    queue = TransferQueue(start)
+    queue = TransferQueue()
     transfers = [Transfer(key=KEY, part=Part.WHOLE) for _ in wanted]
     for transfer, (sizes, whole) in zip(transfers, wanted, strict=True):
         queue.push(transfer, list(accumulate(sizes)), whole=whole)
     chunks: list[Chunk] = []
-    while (chunk := queue.next_chunk(budgets[len(chunks) % len(budgets)])) is not None:
+    while (chunk := queue.next_chunk(budgets[len(chunks) % len(budgets)], None, start)) is not None:
         chunks.append(chunk)
     for transfer, (sizes, whole) in zip(transfers, wanted, strict=True):
         mine = [chunk for chunk in chunks if chunk.transfer is transfer]
@@ -218,12 +218,12 @@ def test_each_byte_is_handed_out_once_and_in_order(wanted: list[tuple[list[int],
 
 
 def test_a_transfer_pushed_while_another_is_half_out_waits_its_turn() -> None:
-    queue = TransferQueue(start)
+    queue = TransferQueue()
     first, second = (Transfer(key=KEY, part=Part.WHOLE) for _ in range(2))
     queue.push(first, [10])
-    assert queue.next_chunk(4) == Chunk(transfer=first, begin=0, end=4)
+    assert queue.next_chunk(4, None, start) == Chunk(transfer=first, begin=0, end=4)
     queue.push(second, [3])
-    out = [queue.next_chunk(4) for _ in range(4)]
+    out = [queue.next_chunk(4, None, start) for _ in range(4)]
     assert out == [
         Chunk(transfer=first, begin=4, end=8),
         Chunk(transfer=first, begin=8, end=10),
@@ -235,10 +235,10 @@ def test_a_transfer_pushed_while_another_is_half_out_waits_its_turn() -> None:
 @settings(deadline=None)
 @given(pages=st.lists(st.integers(1, 100), min_size=1, max_size=4), budget=st.integers(1, 40))
 def test_a_range_is_cut_into_equal_chunks(pages: list[int], budget: int) -> None:
-    queue = TransferQueue(start)
+    queue = TransferQueue()
     ends = [PAGE * end for end in accumulate(pages)]
     queue.push(Transfer(key=KEY, part=Part.WHOLE), ends)
-    taken = list(iter(lambda: queue.next_chunk(PAGE * budget), None))
+    taken = list(iter(lambda: queue.next_chunk(PAGE * budget, None, start), None))
     for end, size in zip(ends, pages, strict=True):
         chunks = [(c.end - c.begin) // PAGE for c in taken if end - PAGE * size <= c.begin < end]
         assert len(chunks) == -(-size // budget), "as few as the budget allows"
@@ -246,23 +246,23 @@ def test_a_range_is_cut_into_equal_chunks(pages: list[int], budget: int) -> None
 
 
 def test_nothing_more_of_a_stopped_transfer() -> None:
-    queue = TransferQueue(start)
+    queue = TransferQueue()
     transfer = Transfer(key=KEY, part=Part.WHOLE)
     queue.push(transfer, [10])
-    chunk = queue.next_chunk(4)
+    chunk = queue.next_chunk(4, None, start)
     assert chunk is not None
     queue.stop(transfer)
-    assert queue.next_chunk(4) is None
+    assert queue.next_chunk(4, None, start) is None
     assert not queue.settled(transfer), "its first bytes are still in flight"
     assert queue.landed(chunk) is False
     assert queue.settled(transfer)
 
 
 def test_the_last_bytes_of_a_stopped_transfer_do_not_complete_it() -> None:
-    queue = TransferQueue(start)
+    queue = TransferQueue()
     transfer = Transfer(key=KEY, part=Part.WHOLE)
     queue.push(transfer, [10], whole=True)
-    chunk = queue.next_chunk(4)
+    chunk = queue.next_chunk(4, None, start)
     assert chunk is not None
     queue.stop(transfer)
     assert queue.landed(chunk) is False
@@ -271,7 +271,7 @@ def test_the_last_bytes_of_a_stopped_transfer_do_not_complete_it() -> None:
 
 def test_transfers_are_told_apart_by_identity() -> None:
     one, other = (Transfer(key=KEY, part=Part.WHOLE) for _ in range(2))
-    queue = TransferQueue(start)
+    queue = TransferQueue()
     queue.push(one, [1])
     assert one in queue
     assert other not in queue

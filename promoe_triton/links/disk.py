@@ -245,14 +245,15 @@ def _finish(shared: _Shared, transfer: Transfer) -> None:
     tensors = shared.views(image, memory, transfer.slot)
     with shared.settled:
         if shared.feed is not None and not shared.torn:
-            shared.arrivals[transfer.key] = tensors
-            shared.feed.finished(transfer)
+            if shared.feed.finished(transfer):
+                shared.arrivals[transfer.key] = tensors
             shared.settled.notify_all()
 
 
 def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
     with shared.work:
         shared.closed = True
+        shared.feed = None  # which knows how to cut what is in this store, and so would keep it
         shared.work.notify_all()
     for thread in threads:
         if thread is not threading.current_thread():
