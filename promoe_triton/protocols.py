@@ -224,22 +224,40 @@ class Policy(Protocol):
         ...
 
 
+class Seam(enum.Enum):
+    """Where in the model an observation was made."""
+
+    ENTERED = enum.auto()
+    """Before the attention of a decoder layer: the residual stream."""
+    ROUTED = enum.auto()
+    """When a layer has routed its tokens: what its router saw."""
+    LEFT = enum.auto()
+    """After the last decoder layer: the residual stream, when no later layer of this token is left."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What a predictor may look at when `layer` has routed its tokens.
+    """What a predictor may look at, at one seam of `layer`, in the order in which the model runs.
 
-    router_input_TD is what the router saw, which in some families is not what the experts are given.
+    state_TD is the router's input at ROUTED, which in some families is not what the experts are given, and the
+    residual stream at the other seams. expert_ids_TA is known at ROUTED only; ids of E and more stand for no
+    expert. token_ids_T is None where the model was not called with tokens.
     """
 
     layer: int
-    router_input_TD: Tensor
-    expert_ids_TA: Tensor
-    token_ids_T: Tensor | None
+    seam: Seam = Seam.ROUTED
+    state_TD: Tensor
+    expert_ids_TA: Tensor | None = None
+    token_ids_T: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Experts expected at `layer`, `steps` tokens from now (0: this one), most likely first, with scores."""
+    """Experts expected at `layer`, `steps` tokens from now (0: this one), most likely first, with scores.
+
+    expert_ids and scores are int64 and floating point of shape [n], where the state was. Scores rank the experts
+    of one prediction; they are comparable between layers only where one predictor says so.
+    """
 
     layer: int
     steps: int
@@ -251,7 +269,10 @@ class Predictor(Protocol):
     """Says which experts later layers will ask for. Only proactive links ask it."""
 
     def predict(self, seen: Observation) -> Sequence[Prediction]:
-        """Rank experts of later layers, or of the next token's first ones. Never waits for the host."""
+        """Rank experts of later layers, or of the next token's first ones. Never waits for the host.
+
+        Every observation is shown once, in order; predictors that learn learn from it here.
+        """
         ...
 
 

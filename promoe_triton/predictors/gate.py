@@ -1,0 +1,224 @@
+"""The gate predictor: a later layer's own router, asked today (paper, section on skip-based prediction).
+
+Training-free. What a layer's router was given goes back to the standardised state u, and one product with the
+routers of all later layers in reach, gains folded in, gives what each would choose if nothing changed on the way.
+The weights of a stack of layers lie one after the other, so no layer's are held twice.
+
+Letters: T tokens, N layers looked at together, G rows of a router, E experts, D model dim, K experts named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from promoe_triton.predictors.gates import Gate, Gates, TokenRoutes
+from promoe_triton.predictors.norms import Norm, Standard
+from promoe_triton.predictors.reach import Reach, Target
+from promoe_triton.predictors.scoring import Rule, over_tokens
+from promoe_triton.protocols import Observation, Prediction, Seam
+
+logger = logging.getLogger(__name__)
+
+UNLIKE = 0.1
+"""How far the mean square of u may be from 1, or the share of a call's experts missed, before a layer is refused."""
+
+
+class GatePredictor:
+    """Ranks experts by the scores their own router would give them now.
+
+    The first observation of each layer is compared with what its router chose; a layer that differs is reported
+    once, by name, and neither looked ahead from nor predicted. That comparison waits for the host, nothing else
+    does. Scores are the router's own, summed over tokens.
+    """
+
+    def __init__(self, gates: Gates, reach: Reach) -> None:
+        self._gates = gates.layers
+        self._reach = reach
+        self._layers_after = {
+            (layer, seam): tuple(reach.targets(gates.stacks, layer, seam))
+            for layer in range(len(gates.layers))
+            for seam in Seam
+        }
+        self._banks = _banks(gates)
+        self._plans: dict[tuple[int, Seam], tuple[_Run, ...]] = {}
+        self._confirmed: set[int] = set()
+        self._refused: set[int] = {i for i, gate in enumerate(gates.layers) if gate is None}
+
+    def predict(self, seen: Observation) -> Sequence[Prediction]:
+        """Rank experts of the layers in reach. Says nothing where the layer or all in reach have no gate."""
+        source = self._gates[seen.layer]
+        if source is None or not len(seen.state_TD):
+            return ()
+        if seen.seam is Seam.ROUTED and seen.layer not in self._confirmed:
+            self._confirm(source, seen)
+        if seen.layer in self._refused:
+            return ()
+        named = self._by_token(seen)
+        runs = self._plan(seen)
+        if runs:
+            u_TD = _standardised(source.norm, seen)
+            for run in runs:
+                named += self._look(run, u_TD)
+        return named
+
+    def _look(self, run: _Run, u_TD: Tensor) -> list[Prediction]:
+        """Ask the routers of a run of layers in one product."""
+        logits_TG = torch.addmm(run.bias_G, u_TD.to(run.weight_DG.dtype), run.weight_DG)
+        scores_TNG = run.rule.scores(logits_TG.view(len(u_TD), len(run.targets), -1), run.correction_NG)
+        scores_NE = over_tokens(scores_TNG)[:, : run.experts]
+        best_NK, ids_NK = scores_NE.topk(self._reach.named(run.experts, run.rule.active, len(u_TD)))
+        return [
+            Prediction(layer=target.layer, steps=target.steps, expert_ids=ids_K, scores=best_K)
+            for target, ids_K, best_K in zip(run.targets, ids_NK.unbind(), best_NK.unbind(), strict=True)
+            if target.layer not in self._refused
+        ]
+
+    def _by_token(self, seen: Observation) -> list[Prediction]:
+        """Name the experts of layers that route by token id, exactly."""
+        named: list[Prediction] = []
+        if seen.token_ids_T is None:
+            return named
+        for target in self._layers_after[seen.layer, seen.seam]:
+            routes = self._gates[target.layer]
+            if isinstance(routes, TokenRoutes) and target.steps == 0:
+                ids = routes.ids_VA[seen.token_ids_T].flatten()
+                counts_E = torch.bincount(ids, minlength=routes.experts)[: routes.experts].float()
+                best = counts_E.topk(min(len(ids), routes.experts))
+                named.append(Prediction(layer=target.layer, steps=0, expert_ids=best.indices, scores=best.values))
+        return named
+
+    def _plan(self, seen: Observation) -> tuple[_Run, ...]:
+        key = (seen.layer, seen.seam)
+        if key not in self._plans:
+            source = self._gates[seen.layer]
+            assert source is not None
+            self._plans[key] = tuple(_runs(self._banks, self._gates, source.norm, self._layers_after[key]))
+        return self._plans[key]
+
+    def _confirm(self, source: Gate | TokenRoutes, seen: Observation) -> None:
+        """Refuse a layer that is not what was read: another norm before its router, or another choice."""
+        self._confirmed.add(seen.layer)
+        u_TD = _standardised(source.norm, seen)
+        square = float(u_TD.square().mean())
+        if source.norm.standard is not Standard.NONE and not source.norm.inside and abs(square - 1.0) > UNLIKE:
+            self._refuse(seen.layer, f"what it is given is not what its norm gives (mean square {square:.3g}, not 1)")
+            return
+        ids_TA = seen.expert_ids_TA
+        if isinstance(source, TokenRoutes) or ids_TA is None or len(ids_TA) != len(u_TD):
+            return
+        asked = ids_TA < source.experts
+        best_TA = source.scores(u_TD)[:, : source.experts].topk(min(ids_TA.shape[1], source.experts)).indices
+        right = ((ids_TA[:, :, None] == best_TA[:, None, :]).any(-1) & asked).sum() / asked.sum().clamp(min=1)
+        if asked.any() and float(right) < 1.0 - UNLIKE:
+            self._refuse(seen.layer, f"only {float(right):.0%} of the experts it chose are those its weights give")
+
+    def _refuse(self, layer: int, reason: str) -> None:
+        self._refused.add(layer)
+        source = self._gates[layer]
+        assert source is not None
+        logger.warning("no gate prediction for MoE layer %d (%s): %s", layer, source.name, reason)
+
+
+def _standardised(norm: Norm, seen: Observation) -> Tensor:
+    return norm.undo(seen.state_TD) if seen.seam is Seam.ROUTED else norm.standardise(seen.state_TD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Bank:
+    """The gates of layers of one stack that follow each other and choose alike, their weights joined."""
+
+    layers: tuple[int, ...]
+    gate: Gate
+    weight_GD: Tensor
+    bias_G: Tensor
+    correction_NG: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Run:
+    """Consecutive layers of a bank, as one product."""
+
+    targets: tuple[Target, ...]
+    experts: int
+    rule: Rule
+    weight_DG: Tensor
+    bias_G: Tensor
+    correction_NG: Tensor | None
+
+
+def _banks(gates: Gates) -> list[_Bank]:
+    """Join the gates of each stack that choose alike."""
+    groups: list[list[int]] = []
+    last_of_stack: dict[str, list[int]] = {}
+    for layer, (gate, stack) in enumerate(zip(gates.layers, gates.stacks, strict=True)):
+        if not isinstance(gate, Gate):
+            continue
+        group = last_of_stack.get(stack)
+        if group is None or not _alike(gates.layers[group[-1]], gate):
+            group = last_of_stack[stack] = []
+            groups.append(group)
+        group.append(layer)
+    return [_bank(group, [gate for i in group if isinstance(gate := gates.layers[i], Gate)]) for group in groups]
+
+
+def _bank(layers: Sequence[int], gates: Sequence[Gate]) -> _Bank:
+    return _Bank(
+        layers=tuple(layers),
+        gate=gates[0],
+        weight_GD=torch.cat([gate.weight_GD for gate in gates]),
+        bias_G=torch.cat([gate.bias_G for gate in gates]).to(gates[0].weight_GD.dtype),
+        correction_NG=_stacked([gate.correction_G for gate in gates]),
+    )
+
+
+def _stacked(corrections: Sequence[Tensor | None]) -> Tensor | None:
+    known = next((correction for correction in corrections if correction is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.zeros_like(known) if one is None else one for one in corrections])
+
+
+def _alike(one: Gate | TokenRoutes | None, other: Gate) -> bool:
+    return (
+        isinstance(one, Gate)
+        and (one.rule, one.experts, one.weight_GD.shape) == (other.rule, other.experts, other.weight_GD.shape)
+        and (one.weight_GD.dtype, one.weight_GD.device) == (other.weight_GD.dtype, other.weight_GD.device)
+        and _same_state(one.norm, other.norm)
+    )
+
+
+def _same_state(one: Norm, other: Norm) -> bool:
+    """Whether u of one norm is u of the other."""
+    return one.standard is other.standard and one.gain_D.shape == other.gain_D.shape
+
+
+def _runs(
+    banks: Sequence[_Bank], gates: Sequence[Gate | TokenRoutes | None], norm: Norm, targets: Sequence[Target]
+) -> list[_Run]:
+    """Cut the targets out of the banks, as few products as their layers allow."""
+    runs = []
+    for bank in banks:
+        if not _same_state(norm, bank.gate.norm):
+            continue
+        wanted = {target.layer: target for target in targets}
+        places = [i for i, layer in enumerate(bank.layers) if layer in wanted]
+        if places:
+            # The layers in reach are neighbours in their stack, and so in the bank.
+            first, end = places[0], places[-1] + 1
+            G = len(bank.gate.weight_GD)
+            runs.append(
+                _Run(
+                    targets=tuple(wanted[layer] for layer in bank.layers[first:end]),
+                    experts=bank.gate.experts,
+                    rule=bank.gate.rule,
+                    weight_DG=bank.weight_GD[first * G : end * G].T,
+                    bias_G=bank.bias_G[first * G : end * G],
+                    correction_NG=None if bank.correction_NG is None else bank.correction_NG[first:end],
+                )
+            )
+    return runs
