@@ -12,7 +12,7 @@ from promoe_triton.predictors.bounds import (
 )
 from promoe_triton.predictors.gate import GatePredictor
 from promoe_triton.predictors.gates import Gate, Gates, TokenRoutes, read_gates
-from promoe_triton.predictors.reach import Reach
+from promoe_triton.predictors.reach import Reach, RoutedLayers, find_layers
 from promoe_triton.predictors.tables import HistoryPredictor, TokenPredictor
 from promoe_triton.predictors.taps import Taps
 
@@ -26,9 +26,11 @@ __all__ = [
     "RandomPredictor",
     "Reach",
     "Recording",
+    "RoutedLayers",
     "RoutingRecorder",
     "Taps",
     "TokenPredictor",
     "TokenRoutes",
+    "find_layers",
     "read_gates",
 ]

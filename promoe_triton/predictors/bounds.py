@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from promoe_triton.predictors.passes import PassCounter
-from promoe_triton.predictors.reach import Reach
+from promoe_triton.predictors.reach import Reach, RoutedLayers
 from promoe_triton.protocols import Observation, Prediction, Seam
 
 Recording = Sequence[Mapping[int, Tensor]]
@@ -24,29 +24,20 @@ class NoPredictor:
 
 
 class RandomPredictor:
-    """Names experts drawn with equal chances, from a seed: what a prediction is worth that knows nothing.
+    """Names experts drawn with equal chances, from a seed: what a prediction is worth that knows nothing."""
 
-    experts, active: by layer, how many it has and how many it chooses per token. stacks: see `Reach.targets`.
-    """
-
-    def __init__(
-        self, experts: Sequence[int], active: Sequence[int], stacks: Sequence[str], reach: Reach, seed: int = 0
-    ) -> None:
-        self._experts = experts
-        self._active = active
-        self._stacks = stacks
+    def __init__(self, layers: RoutedLayers, reach: Reach, seed: int = 0) -> None:
+        self._layers = layers
         self._reach = reach
         self._generator = torch.Generator().manual_seed(seed)
 
     def predict(self, seen: Observation) -> Sequence[Prediction]:
         """Draw experts of the layers in reach, without repetition; scores are uniform in [0, 1)."""
-        named = []
-        for layer, steps in self._reach.targets(self._stacks, seen.layer, seen.seam):
-            E = self._experts[layer]
-            drawn = torch.rand(E, generator=self._generator).to(seen.state_TD.device)
-            best = drawn.topk(self._reach.named(E, self._active[layer], len(seen.state_TD)))
-            named.append(Prediction(layer=layer, steps=steps, expert_ids=best.indices, scores=best.values))
-        return named
+        targets = list(self._reach.targets(self._layers.stacks, seen.layer, seen.seam))
+        if not targets:
+            return ()
+        drawn_HE = torch.rand(len(targets), max(self._layers.experts), generator=self._generator)
+        return self._reach.rank(drawn_HE.to(seen.state_TD.device), targets, self._layers, len(seen.state_TD))
 
 
 class OraclePredictor:
@@ -55,10 +46,9 @@ class OraclePredictor:
     recording: see `RoutingRecorder`. Says nothing where nothing was recorded. Scores count tokens.
     """
 
-    def __init__(self, recording: Recording, experts: Sequence[int], stacks: Sequence[str], reach: Reach) -> None:
+    def __init__(self, recording: Recording, layers: RoutedLayers, reach: Reach) -> None:
         self._recording = recording
-        self._experts = experts
-        self._stacks = stacks
+        self._layers = layers
         self._reach = reach
         self._passes = PassCounter()
 
@@ -66,11 +56,12 @@ class OraclePredictor:
         """Look the layers in reach up, in the pass that this observation belongs to."""
         now = self._passes.of(seen)
         named = []
-        for layer, steps in self._reach.targets(self._stacks, seen.layer, seen.seam):
+        for layer, steps in self._reach.targets(self._layers.stacks, seen.layer, seen.seam):
             ids_TA = self._recording[now + steps].get(layer) if now + steps < len(self._recording) else None
             if ids_TA is None:
                 continue
-            counts_E = torch.bincount(ids_TA.flatten(), minlength=self._experts[layer])[: self._experts[layer]]
+            E = self._layers.experts[layer]
+            counts_E = torch.bincount(ids_TA.flatten(), minlength=E)[:E]
             scores, ids = counts_E.to(seen.state_TD.device, torch.float32).sort(descending=True, stable=True)
             asked = int((counts_E > 0).sum())
             named.append(Prediction(layer=layer, steps=steps, expert_ids=ids[:asked], scores=scores[:asked]))

@@ -1,12 +1,58 @@
-"""Which layers a predictor speaks of, from where it stands, and how many experts it names."""
+"""Which layers a predictor speaks of, from where it stands, and how many experts it names.
+
+Letters: T tokens, A active experts per token, E experts, H targets, K experts named.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from promoe_triton.protocols import Seam
+from torch import Tensor, nn
+
+from promoe_triton.predictors.places import Place, find_place
+from promoe_triton.protocols import Prediction, Seam
+
+ACTIVE = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+"""What routers, blocks and configs call A."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedLayers:
+    """The MoE layers of a model in the order of its experts modules.
+
+    experts: E, without those that stand for none. active: A, experts per token. stacks: equal for layers that
+    follow each other; an encoder and a decoder, say, are two stacks.
+    """
+
+    experts: tuple[int, ...]
+    active: tuple[int, ...]
+    stacks: tuple[str, ...]
+
+
+def find_layers(model: nn.Module, experts: Mapping[str, int]) -> RoutedLayers:
+    """Return the MoE layers of a model. Raises ValueError where it does not say how many experts a token gets.
+
+    experts: how many experts each experts module has, by its path, in the model's order.
+    """
+    places = [find_place(model, path) for path in experts]
+    return RoutedLayers(
+        experts=tuple(experts.values()),
+        active=tuple(_active(model, place) for place in places),
+        stacks=tuple(place.stack for place in places),
+    )
+
+
+def _active(model: nn.Module, place: Place) -> int:
+    block = model.get_submodule(place.block)
+    router = model.get_submodule(place.router) if place.router else None
+    configs = [getattr(module, "config", None) for module in (router, block, model.get_submodule(place.path), model)]
+    for holder, name in itertools.product((router, block, *configs), ACTIVE):
+        if isinstance(getattr(holder, name, None), int):
+            return int(getattr(holder, name))
+    raise ValueError(f"{type(block).__name__} does not say how many experts a token gets; give a width")
 
 
 class Target(NamedTuple):
@@ -51,3 +97,16 @@ class Reach:
     def named(self, experts: int, active: int, tokens: int) -> int:
         """Return how many of a layer's experts are named for so many tokens, of `active` experts each."""
         return min(experts, (self.width or active) * tokens)
+
+    def rank(self, scores_HE: Tensor, targets: Sequence[Target], layers: RoutedLayers, tokens: int) -> list[Prediction]:
+        """Name the best experts of H targets by their scores [H, E], E that of the largest layer."""
+        kinds = {(layers.experts[target.layer], layers.active[target.layer]) for target in targets}
+        if len(kinds) > 1:
+            alone = ([target] for target in targets)
+            return [p for i, one in enumerate(alone) for p in self.rank(scores_HE[i : i + 1], one, layers, tokens)]
+        ((E, A),) = kinds
+        best_HK, ids_HK = scores_HE[:, :E].topk(self.named(E, A, tokens))
+        return [
+            Prediction(layer=target.layer, steps=target.steps, expert_ids=ids_K, scores=best_K)
+            for target, ids_K, best_K in zip(targets, ids_HK.unbind(), best_HK.unbind(), strict=True)
+        ]

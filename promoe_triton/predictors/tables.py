@@ -1,213 +1,275 @@
 """Predictors that learn tables while the model runs: what a token asks for, and what followed what.
 
-Both keep frequencies in tables of a fixed size, and forget slowly: a row that has seen `MEMORY` tokens gives old
-ones less weight with each new one. Everything stays where the observations are; nothing waits for the host.
+Both keep frequencies in tables of a fixed size, and forget slowly: whenever a layer has routed another `HALF_LIFE`
+tokens, all that was counted for it counts half. Everything stays where the observations are.
 
-Letters: T tokens, A active experts per token, E experts (of the largest layer), L layers, H distances, W rows.
+Letters: T tokens, A active experts per token, E experts (of the largest layer), L layers, H layers predicted at
+once, C causes, W rows, N rows of one call, K experts named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from promoe_triton.predictors.passes import PassCounter
-from promoe_triton.predictors.reach import Reach, Target
+from promoe_triton.predictors.reach import Reach, RoutedLayers, Target
 from promoe_triton.protocols import Observation, Prediction, Seam
 
-MEMORY = 1024.0
-"""How many tokens a row remembers."""
+HALF_LIFE = 1 << 16
+"""Tokens routed until what was counted before them counts half."""
 
 
-class Frequencies:
-    """How often each of E experts followed each of W causes: one row per cause, and one for all of them together.
+class _Table:
+    """How often each of E experts was chosen after each of W causes, and after any, by layer.
 
-    That last row, W, stands in for what a cause has not shown yet, with the weight of one token.
+    What a cause has not shown yet is taken from the layer's average, with the weight of one token. Single
+    precision; the column E takes what stands for no expert.
     """
 
-    def __init__(self, causes: int, experts: int, device: torch.device) -> None:
-        self.anything = causes
-        # One column more, for ids that stand for no expert.
-        self._sums_WE = torch.zeros(causes + 1, experts + 1, device=device)
-        self._seen_W = torch.zeros(causes + 1, device=device)
+    def __init__(self, rows: int, layers: int, experts: int, device: torch.device) -> None:
+        self._sums_WE = torch.zeros(rows, experts + 1, device=device)
+        self._seen_W = torch.zeros(rows, device=device)
+        self._usual_LE = torch.zeros(layers, experts + 1, device=device)
+        self._tokens_L = torch.zeros(layers, device=device)
+        self._learned = 0
 
     @property
     def nbytes(self) -> int:
-        return self._sums_WE.nbytes + self._seen_W.nbytes
+        return sum(t.nbytes for t in (self._sums_WE, self._seen_W, self._usual_LE, self._tokens_L))
 
-    def learn(self, causes_N: Tensor, ids_NA: Tensor, counted_N: Tensor | None = None) -> None:
-        """Count that causes_N[n] was followed by experts ids_NA[n]; ids from E on, and where not counted, are not."""
+    def chosen(self, ids_TA: Tensor) -> Tensor:
+        """Return which experts each token chose, [T, E + 1] of zeros and ones."""
         E = self._sums_WE.shape[1] - 1
-        chosen_NE = torch.zeros(len(causes_N), E + 1, device=causes_N.device).scatter_(1, ids_NA.clamp(max=E), 1.0)
-        tokens_N = torch.ones(len(causes_N), device=causes_N.device) if counted_N is None else counted_N.float()
-        self._sums_WE.index_add_(0, causes_N, chosen_NE * tokens_N[:, None])
-        self._seen_W.index_add_(0, causes_N, tokens_N)
-        self._sums_WE[self.anything].add_(tokens_N @ chosen_NE)
-        self._seen_W[self.anything].add_(tokens_N.sum())
-        self._fade(causes_N)
-        self._fade(torch.full_like(causes_N[:1], self.anything))
+        return torch.zeros(len(ids_TA), E + 1, device=ids_TA.device).scatter_(1, ids_TA.clamp(max=E), 1.0)
 
-    def _fade(self, rows_N: Tensor) -> None:
-        # Rows that are named twice are read before any is written: both writes are the same.
-        faded_N = (MEMORY / self._seen_W[rows_N]).clamp(max=1.0)
-        self._sums_WE[rows_N] = self._sums_WE[rows_N] * faded_N[:, None]
-        self._seen_W[rows_N] = self._seen_W[rows_N].clamp(max=MEMORY)
+    def learn(self, rows_N: Tensor, chosen_NE: Tensor, counted_N: Tensor) -> None:
+        """Count what was chosen after each of the rows, as often as counted_N (float) says."""
+        self._sums_WE.index_add_(0, rows_N, chosen_NE * counted_N[:, None])
+        self._seen_W.index_add_(0, rows_N, counted_N)
 
-    def forget(self, causes_N: Tensor, where_N: Tensor) -> None:
-        """Empty the row of causes_N[n] where where_N[n]; repeated causes must agree."""
-        keep_N = (~where_N).float()
-        self._sums_WE[causes_N] = self._sums_WE[causes_N] * keep_N[:, None]
-        self._seen_W[causes_N] = self._seen_W[causes_N] * keep_N
+    def learn_usual(self, layer: int, chosen_TE: Tensor) -> None:
+        """Count what some tokens chose, whatever the cause."""
+        self._usual_LE[layer] += chosen_TE.sum(0)
+        self._tokens_L[layer] += len(chosen_TE)
+        self._learned += len(chosen_TE)
+        if self._learned > HALF_LIFE * len(self._tokens_L):
+            self._learned = 0
+            for counts in (self._sums_WE, self._seen_W, self._usual_LE, self._tokens_L):
+                counts.mul_(0.5)
 
-    def expected(self, causes_N: Tensor, experts: int) -> Tensor:
-        """Return the sum over causes_N of the first experts' frequencies after each, [experts]."""
-        usual_E = self._sums_WE[self.anything, :experts] / self._seen_W[self.anything].clamp(min=1.0)
-        share_N = 1.0 / (self._seen_W[causes_N] + 1.0)
-        return share_N @ self._sums_WE[causes_N, :experts] + share_N.sum() * usual_E
+    def forget(self, rows_N: Tensor, kept_N: Tensor) -> None:
+        """Empty the rows where kept_N is 0 and leave those where it is 1; equal rows must agree."""
+        self._sums_WE[rows_N] = self._sums_WE[rows_N] * kept_N[:, None]
+        self._seen_W[rows_N] = self._seen_W[rows_N] * kept_N
+
+    def expected(self, rows_NH: Tensor, layers_H: Tensor, known_N: Tensor | None = None) -> Tensor:
+        """Return how often each expert of some layers can be expected after the rows, summed over them: [H, E].
+
+        known_N: 0 where a cause has no row of its own and is taken for the average one, else 1.
+        """
+        usual_HE = self._usual_LE[layers_H] / self._tokens_L[layers_H].clamp(min=1.0)[:, None]
+        share_NH = 1.0 / (self._seen_W[rows_NH] + 1.0)
+        usual_H = share_NH.sum(0)
+        if known_N is not None:
+            share_NH = share_NH * known_N[:, None]
+            usual_H = (share_NH + (1.0 - known_N)[:, None]).sum(0)
+        after_HE = (self._sums_WE[rows_NH] * share_NH[:, :, None]).sum(0)
+        return (after_HE + usual_H[:, None] * usual_HE)[:, :-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Ahead:
+    """What is predicted at one seam of one layer."""
+
+    targets: tuple[Target, ...]
+    layers_H: Tensor
+
+
+def _ahead(layers: RoutedLayers, reach: Reach, layer: int, seam: Seam, device: torch.device) -> _Ahead:
+    targets = tuple(reach.targets(layers.stacks, layer, seam))
+    return _Ahead(targets=targets, layers_H=torch.tensor([t.layer for t in targets], dtype=torch.int64, device=device))
 
 
 class HistoryPredictor:
     """Ranks a later layer's experts by how often they followed the ones that are asked for now.
 
-    A table per layer and distance, learned from each token's own way through the layers; the last layer's experts
-    speak of the next token's first layers, learned where passes have as many rows, or one, as in decoding. Says
-    nothing before attention, where no experts are known yet.
+    Learned from each token's own way through the layers. The last layer's experts speak of the next token's first
+    layers, learned where a pass has as many tokens as the one before, or one, as in decoding. Says nothing before
+    attention, where no experts are known yet. Scores are frequencies, summed over experts and tokens.
 
-    experts, active: by layer, how many it has and how many it chooses per token. stacks: see `Reach.targets`.
-    Its tables hold H * (E + 2) * (E + 2) numbers per layer.
+    Its table holds 2 * H * (E + 1) * (E + 2) numbers per layer at most, H the distance.
     """
 
-    def __init__(self, experts: Sequence[int], active: Sequence[int], stacks: Sequence[str], reach: Reach) -> None:
-        self._experts = experts
-        self._active = active
-        self._stacks = stacks
+    def __init__(self, layers: RoutedLayers, reach: Reach) -> None:
+        self._layers = layers
         self._reach = reach
-        self._E = max(experts)
+        self._E = max(layers.experts)
+        self._H = reach.distance
         self._passes = PassCounter()
         self._pass = 0
-        # By layer: the rows it routed last, and in which pass.
+        # By layer: the experts it asked for last, as causes, and in which pass.
         self._routed: dict[int, tuple[int, Tensor]] = {}
-        self._ahead: dict[tuple[int, Target], Frequencies] = {}
-        self._before: dict[int, list[tuple[int, Target]]] = {}
-        for layer in range(len(experts)):
-            seams = (Seam.ROUTED, Seam.LEFT) if layer == self._last(layer) else (Seam.ROUTED,)
-            for target in (t for seam in seams for t in reach.targets(stacks, layer, seam)):
-                self._before.setdefault(target.layer, []).append((layer, target))
+        self._tables: dict[Seam, _Table] = {}
+        self._aheads: dict[tuple[int, Seam], _Ahead] = {}
+        # By layer, what is learned from it: source, seam, and the place of the layer among what is ahead there.
+        self._behind: dict[int, list[tuple[int, Seam, int]]] = {}
+        self._ends = {stack: i for i, stack in enumerate(layers.stacks)}
+        for layer in range(len(layers.experts)):
+            for seam in (Seam.ROUTED, Seam.LEFT) if layer in self._ends.values() else (Seam.ROUTED,):
+                for place, target in enumerate(reach.targets(layers.stacks, layer, seam)):
+                    self._behind.setdefault(target.layer, []).append((layer, seam, place))
 
     @property
     def nbytes(self) -> int:
-        return sum(table.nbytes for table in self._ahead.values())
+        """Bytes of what was learned."""
+        return sum(table.nbytes for table in self._tables.values())
 
     def predict(self, seen: Observation) -> Sequence[Prediction]:
         """Learn from a routing, and rank what usually follows it."""
         self._pass = self._passes.of(seen)
-        if seen.seam is Seam.ENTERED:
-            return ()
-        if seen.seam is Seam.ROUTED:
-            if seen.expert_ids_TA is None:
-                return ()
+        if seen.seam is Seam.ROUTED and seen.expert_ids_TA is not None and len(seen.expert_ids_TA):
             self._learn(seen.layer, seen.expert_ids_TA)
-        now, ids_TA = self._routed.get(seen.layer, (-1, None))
-        if now != self._pass or ids_TA is None:
+        when, causes_TA = self._routed.get(seen.layer, (-1, None))
+        if seen.seam is Seam.ENTERED or when != self._pass or causes_TA is None:
             return ()
-        return [
-            prediction
-            for target in self._reach.targets(self._stacks, seen.layer, seen.seam)
-            if (prediction := self._expect(seen.layer, target, ids_TA)) is not None
-        ]
+        ahead = self._ahead(seen.layer, seen.seam, causes_TA.device)
+        if not ahead.targets:
+            return ()
+        rows_NH = self._rows(seen.layer, causes_TA, len(ahead.targets))
+        scores_HE = self._table(seen.seam, causes_TA.device).expected(rows_NH, ahead.layers_H)
+        return self._reach.rank(scores_HE, ahead.targets, self._layers, len(causes_TA))
 
-    def _expect(self, layer: int, target: Target, ids_TA: Tensor) -> Prediction | None:
-        table = self._ahead.get((layer, target))
-        if table is None:
-            return None
-        E = self._experts[target.layer]
-        scores_E = table.expected(ids_TA.flatten().clamp(max=self._E), E)
-        best = scores_E.topk(self._reach.named(E, self._active[target.layer], len(ids_TA)))
-        return Prediction(layer=target.layer, steps=target.steps, expert_ids=best.indices, scores=best.values)
+    def _rows(self, layer: int, causes_TA: Tensor, H: int) -> Tensor:
+        """Return the rows of causes in a layer, for each place among what is ahead: [T * A, H]."""
+        first_N = (causes_TA.flatten() + layer * (self._E + 1)) * self._H
+        return first_N[:, None] + torch.arange(H, device=first_N.device)
 
     def _learn(self, layer: int, ids_TA: Tensor) -> None:
-        for source, target in self._before.get(layer, ()):
-            when, causes_TA = self._routed.get(source, (-1, ids_TA[:0]))
-            if when != self._pass - target.steps:
-                continue
-            if target.steps and len(ids_TA) == 1:
-                causes_TA = causes_TA[-1:]
-            if len(causes_TA) != len(ids_TA):
-                continue
-            if (source, target) not in self._ahead:
-                # One cause more, for ids that stand for no expert.
-                self._ahead[source, target] = Frequencies(self._E + 1, self._experts[layer], ids_TA.device)
-            causes = causes_TA.clamp(max=self._E)
-            effects = ids_TA.repeat_interleave(causes.shape[1], dim=0)
-            self._ahead[source, target].learn(causes.flatten(), effects)
-        self._routed[layer] = (self._pass, ids_TA)
+        tables = {seam: self._table(seam, ids_TA.device) for seam in (Seam.ROUTED, Seam.LEFT)}
+        chosen_TE = tables[Seam.ROUTED].chosen(ids_TA)
+        for table in tables.values():
+            table.learn_usual(layer, chosen_TE)
+        for seam, table in tables.items():
+            rows = [
+                rows_TA
+                for source, at, place in self._behind.get(layer, ())
+                if at is seam and (rows_TA := self._followed(source, seam, place, len(ids_TA))) is not None
+            ]
+            if rows:
+                rows_TA = torch.cat(rows, 1)
+                effects_NE = chosen_TE.repeat_interleave(rows_TA.shape[1], dim=0)
+                table.learn(rows_TA.flatten(), effects_NE, effects_NE.new_ones(len(effects_NE)))
+        self._routed[layer] = (self._pass, ids_TA.clamp(max=self._E))
 
-    def _last(self, layer: int) -> int:
-        return max(i for i, stack in enumerate(self._stacks) if stack == self._stacks[layer])
+    def _followed(self, source: int, seam: Seam, place: int, tokens: int) -> Tensor | None:
+        """Return the rows [T, A] of the causes that each of so many tokens now follows; None where it has none."""
+        when, causes_TA = self._routed.get(source, (-1, None))
+        if causes_TA is None or when != self._pass - (seam is Seam.LEFT):
+            return None
+        if seam is Seam.LEFT and tokens == 1:
+            causes_TA = causes_TA[-1:]
+        if len(causes_TA) != tokens:
+            return None
+        return (causes_TA + source * (self._E + 1)) * self._H + place
+
+    def _table(self, seam: Seam, device: torch.device) -> _Table:
+        if seam not in self._tables:
+            L = len(self._layers.experts)
+            self._tables[seam] = _Table(L * (self._E + 1) * self._H, L, self._E, device)
+        return self._tables[seam]
+
+    def _ahead(self, layer: int, seam: Seam, device: torch.device) -> _Ahead:
+        if (layer, seam) not in self._aheads:
+            self._aheads[layer, seam] = _ahead(self._layers, self._reach, layer, seam, device)
+        return self._aheads[layer, seam]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Claim:
+    """The rows of one call's tokens: which are theirs, as 1.0 and 0.0."""
+
+    tokens_T: Tensor
+    slots_T: Tensor
+    owned_T: Tensor
 
 
 class TokenPredictor:
     """Ranks a layer's experts by how often this token asked for them (paper, section on iteration-wise tables).
 
-    One row per token id and layer, in tables of at most `nbytes`: where the vocabulary has more tokens than there
-    are rows, ids that are equal modulo the rows share one, and it belongs to the latest of them, or the highest of
-    one call. A token without a row is taken for the average one. Says nothing about the next token, which is not
-    known, nor about a layer before its first routing.
+    One row per token id and layer, in tables of about `nbytes` at most: where the vocabulary has more tokens than
+    fit, ids that are equal modulo the slots share one, which belongs to the latest of them, or the highest of one
+    call. A token without a slot is taken for the average one. Says nothing about the next token, which is not
+    known. Scores are frequencies, summed over tokens.
 
-    experts, active: by layer, how many it has and how many it chooses per token. stacks: see `Reach.targets`.
+    Raises ValueError where not one token fits in nbytes.
     """
 
-    def __init__(
-        self,
-        experts: Sequence[int],
-        active: Sequence[int],
-        stacks: Sequence[str],
-        reach: Reach,
-        vocabulary: int,
-        nbytes: int = 64 << 20,
-    ) -> None:
-        # A row's frequencies, how many tokens it has seen, and (int64) whose it is; and the average token's.
-        per_row = 4 * sum(E + 4 for E in experts)
-        self._rows = max(1, min(vocabulary, nbytes // per_row - 1))
-        self._experts = experts
-        self._active = active
-        self._stacks = stacks
+    def __init__(self, layers: RoutedLayers, reach: Reach, vocabulary: int, nbytes: int = 64 << 20) -> None:
+        self._layers = layers
         self._reach = reach
-        self._tables: dict[int, Frequencies] = {}
-        self._owners: dict[int, Tensor] = {}
+        self._L, self._E = len(layers.experts), max(layers.experts)
+        # A slot's frequencies, how many tokens it has seen, and (int64) whose it is; the averages beside them.
+        per_slot = 4 * self._L * (self._E + 2) + 8
+        self._slots = min(vocabulary, (nbytes - per_slot) // per_slot)
+        if self._slots < 1:
+            raise ValueError(f"a token's row takes {2 * per_slot} bytes, got nbytes={nbytes}")
+        self._shared = self._slots < vocabulary
+        self._table: _Table | None = None
+        self._owners_W: Tensor | None = None
+        self._claim: _Claim | None = None
+        self._aheads: dict[tuple[int, Seam], _Ahead] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._tables.values()) + sum(o.nbytes for o in self._owners.values())
+        """Bytes of what was learned."""
+        if self._table is None or self._owners_W is None:
+            return 0
+        return self._table.nbytes + self._owners_W.nbytes
 
     def predict(self, seen: Observation) -> Sequence[Prediction]:
         """Learn from a routing, and rank what these tokens usually ask for."""
-        if seen.token_ids_T is None:
+        tokens_T, ids_TA = seen.token_ids_T, seen.expert_ids_TA
+        if tokens_T is None or not len(tokens_T) or seen.seam is Seam.LEFT:
             return ()
-        ids_TA = seen.expert_ids_TA
-        if seen.seam is Seam.ROUTED and ids_TA is not None and len(ids_TA) == len(seen.token_ids_T):
-            self._learn(seen.layer, seen.token_ids_T, ids_TA)
-        return [
-            self._expect(target.layer, seen.token_ids_T)
-            for target in self._reach.targets(self._stacks, seen.layer, seen.seam)
-            if target.steps == 0 and target.layer in self._tables
-        ]
+        if self._table is None:
+            self._table = _Table(self._slots * self._L, self._L, self._E, tokens_T.device)
+            self._owners_W = torch.full((self._slots,), -1, device=tokens_T.device)
+        claim = self._claimed(tokens_T, self._table)
+        if seen.seam is Seam.ROUTED and ids_TA is not None and len(ids_TA) == len(tokens_T):
+            chosen_TE = self._table.chosen(ids_TA)
+            self._table.learn(claim.slots_T * self._L + seen.layer, chosen_TE, claim.owned_T)
+            self._table.learn_usual(seen.layer, chosen_TE)
+        if (seen.layer, seen.seam) not in self._aheads:
+            ahead = _ahead(self._layers, self._reach, seen.layer, seen.seam, tokens_T.device)
+            self._aheads[seen.layer, seen.seam] = ahead
+        ahead = self._aheads[seen.layer, seen.seam]
+        if not ahead.targets:
+            return ()
+        rows_TH = (claim.slots_T * self._L)[:, None] + ahead.layers_H
+        known_T = claim.owned_T if self._shared else None
+        scores_HE = self._table.expected(rows_TH, ahead.layers_H, known_T)
+        return self._reach.rank(scores_HE, ahead.targets, self._layers, len(tokens_T))
 
-    def _expect(self, layer: int, tokens_T: Tensor) -> Prediction:
-        table, rows_T, E = self._tables[layer], tokens_T % self._rows, self._experts[layer]
-        known_T = self._owners[layer][rows_T] == tokens_T
-        scores_E = table.expected(torch.where(known_T, rows_T, table.anything), E)
-        best = scores_E.topk(self._reach.named(E, self._active[layer], len(tokens_T)))
-        return Prediction(layer=layer, steps=0, expert_ids=best.indices, scores=best.values)
-
-    def _learn(self, layer: int, tokens_T: Tensor, ids_TA: Tensor) -> None:
-        if layer not in self._tables:
-            self._tables[layer] = Frequencies(self._rows, self._experts[layer], ids_TA.device)
-            self._owners[layer] = torch.full((self._rows,), -1, device=ids_TA.device)
-        owners, rows_T = self._owners[layer], tokens_T % self._rows
-        before_T = owners[rows_T]
-        owners.scatter_reduce_(0, rows_T, tokens_T, "amax", include_self=False)
-        self._tables[layer].forget(rows_T, before_T != owners[rows_T])
-        self._tables[layer].learn(rows_T, ids_TA, counted_N=owners[rows_T] == tokens_T)
+    def _claimed(self, tokens_T: Tensor, table: _Table) -> _Claim:
+        """Give the tokens of a call their slots, emptied where another token had them."""
+        if self._claim is not None and self._claim.tokens_T is tokens_T:
+            return self._claim
+        owners_W = self._owners_W
+        assert owners_W is not None
+        slots_T = tokens_T % self._slots
+        owned_T = torch.ones(len(tokens_T), device=tokens_T.device)
+        if self._shared:
+            before_T = owners_W[slots_T]
+            owners_W.scatter_reduce_(0, slots_T, tokens_T, "amax", include_self=False)
+            after_T = owners_W[slots_T]
+            layers_L = torch.arange(self._L, device=tokens_T.device)
+            rows_TL = (slots_T * self._L)[:, None] + layers_L
+            kept_T = (before_T == after_T).float()
+            table.forget(rows_TL.flatten(), kept_T.repeat_interleave(self._L))
+            owned_T = (after_T == tokens_T).float()
+        self._claim = _Claim(tokens_T=tokens_T, slots_T=slots_T, owned_T=owned_T)
+        return self._claim
