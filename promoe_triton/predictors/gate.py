@@ -2,7 +2,7 @@
 
 Training-free. What a layer's router was given goes back to the standardised state u, and one product with the
 routers of all later layers in reach, gains folded in, gives what each would choose if nothing changed on the way.
-The weights of a stack of layers lie one after the other, so no layer's are held twice.
+The weights of a stack of layers lie one after the other, each once, whatever the distance.
 
 Letters: T tokens, N layers looked at together, G rows of a router, E experts, D model dim, K experts named.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class GatePredictor:
     """
 
     def __init__(self, gates: Gates, reach: Reach) -> None:
-        self._gates = gates.layers
+        self._gates = list(gates.layers)
         self._reach = reach
         self._layers_after = {
             (layer, seam): tuple(reach.targets(gates.stacks, layer, seam))
@@ -45,6 +45,11 @@ class GatePredictor:
             for seam in Seam
         }
         self._banks = _banks(gates)
+        for bank in self._banks:
+            for layer, weight_GD in zip(bank.layers, bank.weight_GD.chunk(len(bank.layers)), strict=True):
+                gate = self._gates[layer]
+                assert isinstance(gate, Gate)
+                self._gates[layer] = replace(gate, weight_GD=weight_GD)
         self._plans: dict[tuple[int, Seam], tuple[_Run, ...]] = {}
         self._confirmed: set[int] = set()
         self._refused: set[int] = {i for i, gate in enumerate(gates.layers) if gate is None}
@@ -133,7 +138,7 @@ class _Bank:
     """The gates of layers of one stack that follow each other and choose alike, their weights joined."""
 
     layers: tuple[int, ...]
-    gate: Gate
+    like: Gate
     weight_GD: Tensor
     bias_G: Tensor
     correction_NG: Tensor | None
@@ -169,7 +174,7 @@ def _banks(gates: Gates) -> list[_Bank]:
 def _bank(layers: Sequence[int], gates: Sequence[Gate]) -> _Bank:
     return _Bank(
         layers=tuple(layers),
-        gate=gates[0],
+        like=replace(gates[0], weight_GD=gates[0].weight_GD[:0]),
         weight_GD=torch.cat([gate.weight_GD for gate in gates]),
         bias_G=torch.cat([gate.bias_G for gate in gates]).to(gates[0].weight_GD.dtype),
         correction_NG=_stacked([gate.correction_G for gate in gates]),
@@ -203,19 +208,19 @@ def _runs(
     """Cut the targets out of the banks, as few products as their layers allow."""
     runs = []
     for bank in banks:
-        if not _same_state(norm, bank.gate.norm):
+        if not _same_state(norm, bank.like.norm):
             continue
         wanted = {target.layer: target for target in targets}
         places = [i for i, layer in enumerate(bank.layers) if layer in wanted]
         if places:
             # The layers in reach are neighbours in their stack, and so in the bank.
             first, end = places[0], places[-1] + 1
-            G = len(bank.gate.weight_GD)
+            G = len(bank.like.bias_G)
             runs.append(
                 _Run(
                     targets=tuple(wanted[layer] for layer in bank.layers[first:end]),
-                    experts=bank.gate.experts,
-                    rule=bank.gate.rule,
+                    experts=bank.like.experts,
+                    rule=bank.like.rule,
                     weight_DG=bank.weight_GD[first * G : end * G].T,
                     bias_G=bank.bias_G[first * G : end * G],
                     correction_NG=None if bank.correction_NG is None else bank.correction_NG[first:end],
