@@ -101,32 +101,32 @@ class HistoryPredictor:
     layers, learned where a pass has as many tokens as the one before, or one, as in decoding. Says nothing before
     attention, where no experts are known yet. Scores are frequencies, summed over experts and tokens.
 
-    Its table holds 2 * H * (E + 1) * (E + 2) numbers per layer at most, H the distance.
+    Its table holds 2 * H * (E + 1) * (E + 2) numbers per layer, H the distance.
     """
 
     def __init__(self, layers: RoutedLayers, reach: Reach) -> None:
         self._layers = layers
         self._reach = reach
         self._E = max(layers.experts)
-        self._H = reach.distance
         self._passes = PassCounter()
         self._pass = 0
-        # By layer: the experts it asked for last, as causes, and in which pass.
+        # By layer: the experts it asked for last, and in which pass.
         self._routed: dict[int, tuple[int, Tensor]] = {}
-        self._tables: dict[Seam, _Table] = {}
+        self._table: _Table | None = None
         self._aheads: dict[tuple[int, Seam], _Ahead] = {}
-        # By layer, what is learned from it: source, seam, and the place of the layer among what is ahead there.
-        self._behind: dict[int, list[tuple[int, Seam, int]]] = {}
-        self._ends = {stack: i for i, stack in enumerate(layers.stacks)}
+        # By layer, what is learned from it: the layer it followed, how many passes later, its place in that one's rows.
+        self._behind: dict[int, list[tuple[int, int, int]]] = {}
+        ends = {stack: layer for layer, stack in enumerate(layers.stacks)}
         for layer in range(len(layers.experts)):
-            for seam in (Seam.ROUTED, Seam.LEFT) if layer in self._ends.values() else (Seam.ROUTED,):
+            for seam in (Seam.ROUTED, Seam.LEFT) if layer in ends.values() else (Seam.ROUTED,):
                 for place, target in enumerate(reach.targets(layers.stacks, layer, seam)):
-                    self._behind.setdefault(target.layer, []).append((layer, seam, place))
+                    behind = (layer, target.steps, self._first_place(seam) + place)
+                    self._behind.setdefault(target.layer, []).append(behind)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what was learned."""
-        return sum(table.nbytes for table in self._tables.values())
+        return 0 if self._table is None else self._table.nbytes
 
     def predict(self, seen: Observation) -> Sequence[Prediction]:
         """Learn from a routing, and rank what usually follows it."""
@@ -134,53 +134,48 @@ class HistoryPredictor:
         if seen.seam is Seam.ROUTED and seen.expert_ids_TA is not None and len(seen.expert_ids_TA):
             self._learn(seen.layer, seen.expert_ids_TA)
         when, causes_TA = self._routed.get(seen.layer, (-1, None))
-        if seen.seam is Seam.ENTERED or when != self._pass or causes_TA is None:
+        if self._table is None or causes_TA is None or when != self._pass or seen.seam is Seam.ENTERED:
             return ()
         ahead = self._ahead(seen.layer, seen.seam, causes_TA.device)
         if not ahead.targets:
             return ()
-        rows_NH = self._rows(seen.layer, causes_TA, len(ahead.targets))
-        scores_HE = self._table(seen.seam, causes_TA.device).expected(rows_NH, ahead.layers_H)
+        first_N1 = self._rows(seen.layer, causes_TA.reshape(-1, 1), self._first_place(seen.seam))
+        rows_NH = first_N1 + torch.arange(len(ahead.targets), device=first_N1.device)
+        scores_HE = self._table.expected(rows_NH, ahead.layers_H)
         return self._reach.rank(scores_HE, ahead.targets, self._layers, len(causes_TA))
 
-    def _rows(self, layer: int, causes_TA: Tensor, H: int) -> Tensor:
-        """Return the rows of causes in a layer, for each place among what is ahead: [T * A, H]."""
-        first_N = (causes_TA.flatten() + layer * (self._E + 1)) * self._H
-        return first_N[:, None] + torch.arange(H, device=first_N.device)
+    def _first_place(self, seam: Seam) -> int:
+        return self._reach.distance if seam is Seam.LEFT else 0
+
+    def _rows(self, layer: int, causes: Tensor, place: int) -> Tensor:
+        """Return the rows of causes in a layer: each has one for every place of what may be ahead."""
+        return (causes + layer * (self._E + 1)) * (2 * self._reach.distance) + place
 
     def _learn(self, layer: int, ids_TA: Tensor) -> None:
-        tables = {seam: self._table(seam, ids_TA.device) for seam in (Seam.ROUTED, Seam.LEFT)}
-        chosen_TE = tables[Seam.ROUTED].chosen(ids_TA)
-        for table in tables.values():
-            table.learn_usual(layer, chosen_TE)
-        for seam, table in tables.items():
-            rows = [
-                rows_TA
-                for source, at, place in self._behind.get(layer, ())
-                if at is seam and (rows_TA := self._followed(source, seam, place, len(ids_TA))) is not None
-            ]
-            if rows:
-                rows_TA = torch.cat(rows, 1)
-                effects_NE = chosen_TE.repeat_interleave(rows_TA.shape[1], dim=0)
-                table.learn(rows_TA.flatten(), effects_NE, effects_NE.new_ones(len(effects_NE)))
+        if self._table is None:
+            L = len(self._layers.experts)
+            self._table = _Table(L * (self._E + 1) * 2 * self._reach.distance, L, self._E, ids_TA.device)
+        chosen_TE = self._table.chosen(ids_TA)
+        self._table.learn_usual(layer, chosen_TE)
+        rows = [
+            self._rows(source, causes_TA, place)
+            for source, steps, place in self._behind.get(layer, ())
+            if (causes_TA := self._followed(source, steps, len(ids_TA))) is not None
+        ]
+        if rows:
+            rows_TN = torch.cat(rows, 1)
+            effects_NE = chosen_TE.repeat_interleave(rows_TN.shape[1], dim=0)
+            self._table.learn(rows_TN.flatten(), effects_NE, effects_NE.new_ones(len(effects_NE)))
         self._routed[layer] = (self._pass, ids_TA.clamp(max=self._E))
 
-    def _followed(self, source: int, seam: Seam, place: int, tokens: int) -> Tensor | None:
-        """Return the rows [T, A] of the causes that each of so many tokens now follows; None where it has none."""
+    def _followed(self, source: int, steps: int, tokens: int) -> Tensor | None:
+        """Return the experts [T, A] that each of so many tokens now follows; None where that is not known."""
         when, causes_TA = self._routed.get(source, (-1, None))
-        if causes_TA is None or when != self._pass - (seam is Seam.LEFT):
+        if causes_TA is None or when != self._pass - steps:
             return None
-        if seam is Seam.LEFT and tokens == 1:
+        if steps and tokens == 1:
             causes_TA = causes_TA[-1:]
-        if len(causes_TA) != tokens:
-            return None
-        return (causes_TA + source * (self._E + 1)) * self._H + place
-
-    def _table(self, seam: Seam, device: torch.device) -> _Table:
-        if seam not in self._tables:
-            L = len(self._layers.experts)
-            self._tables[seam] = _Table(L * (self._E + 1) * self._H, L, self._E, device)
-        return self._tables[seam]
+        return causes_TA if len(causes_TA) == tokens else None
 
     def _ahead(self, layer: int, seam: Seam, device: torch.device) -> _Ahead:
         if (layer, seam) not in self._aheads:
