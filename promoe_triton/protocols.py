@@ -240,15 +240,30 @@ class Observation:
     """What a predictor may look at, at one seam of `layer`, in the order in which the model runs.
 
     state_TD is the router's input at ROUTED, which in some families is not what the experts are given, and the
-    residual stream at the other seams. expert_ids_TA is known at ROUTED only; ids of E and more stand for no
-    expert. token_ids_T is None where the model was not called with tokens.
+    residual stream at the other seams; None where that is several streams. expert_ids_TA is known at ROUTED only;
+    ids of E and more stand for no expert. token_ids_T is None where the model was not called with tokens. At least
+    one of the three is given.
     """
 
     layer: int
     seam: Seam = Seam.ROUTED
-    state_TD: Tensor
+    state_TD: Tensor | None
     expert_ids_TA: Tensor | None = None
     token_ids_T: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Return T."""
+        return len(self._given)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the observation is, and predictions from it are to be."""
+        return self._given.device
+
+    @property
+    def _given(self) -> Tensor:
+        return next(t for t in (self.state_TD, self.expert_ids_TA, self.token_ids_T) if t is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -173,6 +173,26 @@ def gates_norm(gates: Gates, layer: int) -> Any:
     return gate.norm
 
 
+@pytest.mark.parametrize(
+    ("name", "attribute", "value"),
+    [
+        pytest.param("laguna", "router_logit_softcapping", 0.3, id="softcap"),
+        pytest.param("muse_spark", "output_multiplier", 6.0, id="multiplier"),
+    ],
+)
+def test_logits_are_bent_before_scoring(name: str, attribute: str, value: float) -> None:
+    model = build(name)
+    for module in model.modules():
+        if hasattr(module, attribute):
+            setattr(module, attribute, value)
+    gates = gates_of(model)
+    assert not gates.refused
+    for o in observe(model, lambda: model(**FAMILIES[name].inputs(model, 60))):
+        gate = gates.layers[o.layer]
+        if o.seam is Seam.ROUTED and isinstance(gate, Gate) and o.expert_ids_TA is not None:
+            assert same_choice(gate.scores(gate.norm.undo(o.state_TD)), o.expert_ids_TA)
+
+
 def test_refusals_are_of_families_that_exist() -> None:
     assert set(REFUSED) <= set(FAMILIES)
     for name in UNPATCHABLE:
@@ -229,18 +249,21 @@ def test_hash_layers_are_predicted_exactly_from_token_ids() -> None:
     assert [type(gate) for gate in gates.layers] == [TokenRoutes, Gate, Gate]
     inputs = FAMILIES["deepseek_v4"].inputs(model, TOKENS)
     seen = observe(model, lambda: model(**inputs))
-    # Its residual stream is several: only routings are observed.
-    assert {o.seam for o in seen} == {Seam.ROUTED}
-    ids_TA = seen[0].expert_ids_TA
+    # Its residual stream is several: before attention the tokens are all there is to see.
+    assert [(o.layer, o.seam) for o in seen] == [(i, seam) for i in range(3) for seam in (Seam.ENTERED, Seam.ROUTED)]
+    before, routed = seen[:2]
+    assert before.state_TD is None
+    ids_TA = routed.expert_ids_TA
     assert ids_TA is not None
-    before = dataclasses.replace(seen[0], seam=Seam.ENTERED, expert_ids_TA=None)
-    said = {p.layer: p for p in GatePredictor(gates, Reach(distance=1)).predict(before)}
+    (said,) = GatePredictor(gates, Reach(distance=1)).predict(before)
     counts = torch.bincount(ids_TA.flatten(), minlength=6).float()
-    asked = said[0].scores > 0
-    assert torch.equal(said[0].scores[asked], counts[said[0].expert_ids[asked]])
-    assert set(said[0].expert_ids[asked].tolist()) == set(ids_TA.flatten().tolist())
-    blind = dataclasses.replace(before, token_ids_T=None)
-    assert {p.layer for p in GatePredictor(gates, Reach(distance=1)).predict(blind)} == {1}
+    asked = said.scores > 0
+    assert said.layer == 0
+    assert torch.equal(said.scores[asked], counts[said.expert_ids[asked]])
+    assert set(said.expert_ids[asked].tolist()) == set(ids_TA.flatten().tolist())
+    assert not GatePredictor(gates, Reach(distance=1)).predict(dataclasses.replace(before, token_ids_T=ids_TA[:0, 0]))
+    assert [p.layer for p in GatePredictor(gates, Reach(distance=1)).predict(routed)] == [1]
+    assert RandomPredictor(find_layers(model, dict.fromkeys(find_experts(model), 6)), Reach()).predict(before)
 
 
 @functools.cache
@@ -467,6 +490,7 @@ def test_gate_scores_are_summed_over_tokens() -> None:
     gates = gates_of(model)
     seen = observe(model, lambda: model(**FAMILIES["deepseek_v3"].inputs(model, 5)))
     first = next(o for o in seen if o.seam is Seam.ROUTED)
+    assert first.state_TD is not None
     later = gates.layers[1]
     assert isinstance(later, Gate)
     (said,) = GatePredictor(gates, Reach(distance=1, width=6)).predict(first)
@@ -479,6 +503,22 @@ def test_gate_scores_are_summed_over_tokens() -> None:
     one = dataclasses.replace(first, state_TD=first.state_TD[:1], expert_ids_TA=first.expert_ids_TA[:1])  # type: ignore[index]
     (single,) = GatePredictor(gates, Reach(distance=1)).predict(one)
     assert sorted(single.expert_ids.tolist()) == sorted(scores_TE[0].topk(2).indices.tolist())
+
+
+@pytest.mark.parametrize("seam", [Seam.ENTERED, Seam.LEFT])
+def test_the_residual_stream_is_normed_before_it_is_asked_about(seam: Seam) -> None:
+    model = build("mixtral")
+    seen = observe(model, lambda: model(**FAMILIES["mixtral"].inputs(model, 5)))
+    o = seen[0] if seam is Seam.ENTERED else seen[-1]
+    assert o.seam is seam
+    said = GatePredictor(gates_of(model), Reach(distance=2, width=6)).predict(o)
+    assert [(p.layer, p.steps) for p in said] == [(i, int(seam is Seam.LEFT)) for i in range(2)]
+    for p in said:
+        layer = model.model.layers[p.layer]
+        with torch.no_grad():
+            scores_TE = layer.mlp.gate(layer.post_attention_layernorm(o.state_TD))[0].softmax(-1)
+        torch.testing.assert_close(p.scores, scores_TE.sum(0)[p.expert_ids], rtol=1e-4, atol=1e-5)
+        assert (p.scores.diff() <= 0).all()
 
 
 def test_group_limits() -> None:

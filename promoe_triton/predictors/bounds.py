@@ -37,7 +37,7 @@ class RandomPredictor:
         if not targets:
             return ()
         drawn_HE = torch.rand(len(targets), max(self._layers.experts), generator=self._generator)
-        return self._reach.rank(drawn_HE.to(seen.state_TD.device), targets, self._layers, len(seen.state_TD))
+        return self._reach.rank(drawn_HE.to(seen.device), targets, self._layers, seen.tokens)
 
 
 class OraclePredictor:
@@ -62,7 +62,7 @@ class OraclePredictor:
                 continue
             E = self._layers.experts[layer]
             counts_E = torch.bincount(ids_TA.flatten(), minlength=E)[:E]
-            scores, ids = counts_E.to(seen.state_TD.device, torch.float32).sort(descending=True, stable=True)
+            scores, ids = counts_E.to(seen.device, torch.float32).sort(descending=True, stable=True)
             asked = int((counts_E > 0).sum())
             named.append(Prediction(layer=layer, steps=steps, expert_ids=ids[:asked], scores=scores[:asked]))
         return named

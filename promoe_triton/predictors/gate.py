@@ -57,16 +57,18 @@ class GatePredictor:
     def predict(self, seen: Observation) -> Sequence[Prediction]:
         """Rank experts of the layers in reach. Says nothing where the layer or all in reach have no gate."""
         source = self._gates[seen.layer]
-        if source is None or not len(seen.state_TD):
-            return ()
-        if seen.seam is Seam.ROUTED and seen.layer not in self._confirmed:
-            self._confirm(source, seen)
-        if seen.layer in self._refused:
+        if not seen.tokens:
             return ()
         named = self._by_token(seen)
+        if source is None or seen.state_TD is None:
+            return named
+        if seen.seam is Seam.ROUTED and seen.layer not in self._confirmed:
+            self._confirm(source, seen, seen.state_TD)
+        if seen.layer in self._refused:
+            return named
         runs = self._plan(seen)
         if runs:
-            u_TD = _standardised(source.norm, seen)
+            u_TD = _standardised(source.norm, seen.seam, seen.state_TD)
             for run in runs:
                 named += self._look(run, u_TD)
         return named
@@ -105,10 +107,10 @@ class GatePredictor:
             self._plans[key] = tuple(_runs(self._banks, self._gates, source.norm, self._layers_after[key]))
         return self._plans[key]
 
-    def _confirm(self, source: Gate | TokenRoutes, seen: Observation) -> None:
+    def _confirm(self, source: Gate | TokenRoutes, seen: Observation, state_TD: Tensor) -> None:
         """Refuse a layer that is not what was read: another norm before its router, or another choice."""
         self._confirmed.add(seen.layer)
-        u_TD = _standardised(source.norm, seen)
+        u_TD = _standardised(source.norm, seen.seam, state_TD)
         square = float(u_TD.square().mean())
         if source.norm.standard is not Standard.NONE and not source.norm.inside and abs(square - 1.0) > UNLIKE:
             self._refuse(seen.layer, f"what it is given is not what its norm gives (mean square {square:.3g}, not 1)")
@@ -129,8 +131,8 @@ class GatePredictor:
         logger.warning("no gate prediction for MoE layer %d (%s): %s", layer, source.name, reason)
 
 
-def _standardised(norm: Norm, seen: Observation) -> Tensor:
-    return norm.undo(seen.state_TD) if seen.seam is Seam.ROUTED else norm.standardise(seen.state_TD)
+def _standardised(norm: Norm, seam: Seam, state_TD: Tensor) -> Tensor:
+    return norm.undo(state_TD) if seam is Seam.ROUTED else norm.standardise(state_TD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

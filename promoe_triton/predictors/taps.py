@@ -40,8 +40,9 @@ class Taps:
 
     tell: is given what is seen before attention (ENTERED) and after a stack's last layer (LEFT), while the model
         runs. paths: of the experts modules, in the model's order: their places are the layers' numbers.
-    Where the residual stream is not one state per token (hyper-connections), and where several experts modules
-    share a decoder layer and its tokens, only routings are observed.
+    Where the residual stream is not one state per token (hyper-connections), only token ids are seen before
+    attention, and nothing after the last layer; where several experts modules share a decoder layer and its
+    tokens, only routings are.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str], tell: Callable[[Observation], None]) -> None:
@@ -106,6 +107,8 @@ class Taps:
         def tell(state: Any) -> None:
             if isinstance(state, Tensor) and state.dim() <= 3:
                 self._tell(self._observation(layer, seam, state.detach().reshape(-1, state.shape[-1]), None))
+            elif seam is Seam.ENTERED and self._token_ids is not None:
+                self._tell(Observation(layer=layer, seam=seam, state_TD=None, token_ids_T=self._token_ids))
             if seam is Seam.LEFT:
                 self._token_ids = None  # the next pass may be given embeddings instead
 
