@@ -193,6 +193,18 @@ def test_logits_are_bent_before_scoring(name: str, attribute: str, value: float)
             assert same_choice(gate.scores(gate.norm.undo(o.state_TD)), o.expert_ids_TA)
 
 
+def test_reading_a_model_leaves_it_alone() -> None:
+    model = build("gemma4_text")
+    calls: list[nn.Module] = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _args: calls.append(module))
+        module.register_forward_hook(lambda module, _args, _out: calls.append(module))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    gates_of(model)
+    assert not calls
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
 def test_refusals_are_of_families_that_exist() -> None:
     assert set(REFUSED) <= set(FAMILIES)
     for name in UNPATCHABLE:
@@ -412,6 +424,27 @@ def test_history_follows_each_token_its_own_way() -> None:
     assert sorted(ids_of(predictor.predict(routing(0, [2, 6])), 1)) == [4, 5]
 
 
+def test_history_does_not_guess_which_token_followed_which() -> None:
+    predictor = HistoryPredictor(LAYERS, Reach(distance=1))
+    for ids in ([[0, 1], [2, 3], [4, 5]], [[4, 5], [4, 5]], [[0, 2]]):
+        for layer in range(3):
+            predictor.predict(routing(layer, *ids))
+    # Two tokens after three tell nothing; one after two follows the last of them.
+    assert learned(predictor, 2, place=1) == [0, 0, 0, 0, 1, 1]
+    # A layer that a pass left out was followed by nothing in it.
+    before = learned(predictor, 0, place=0)
+    assert sum(before) == 2 * 6
+    predictor.predict(routing(1, [3, 4]))
+    assert learned(predictor, 0, place=0) == before
+
+
+def learned(predictor: HistoryPredictor, layer: int, place: int) -> list[float]:
+    """How many tokens have been seen after each of a layer's experts."""
+    table = predictor._table
+    assert table is not None
+    return table._seen_W[predictor._rows(layer, torch.arange(6), place)].tolist()
+
+
 def test_token_table_learns_and_sums_over_tokens() -> None:
     predictor = TokenPredictor(LAYERS, Reach(distance=2), vocabulary=50)
     for _ in range(3):
@@ -457,6 +490,10 @@ def test_tokens_that_share_a_slot_do_not_mix() -> None:
     predictor.predict(routing(0, [4, 5], tokens=[3 + slots]))
     later = dataclasses.replace(entered, token_ids_T=torch.tensor([3 + slots]))
     assert sorted(ids_of(predictor.predict(later), 0)) == [4, 5]
+    # Within one call the highest id has the slot, and the other is not counted as it.
+    for _ in range(3):
+        predictor.predict(routing(0, [0, 1], [2, 3], [0, 1], [0, 1], tokens=[3, 3 + slots, 3, 3]))
+    assert sorted(ids_of(predictor.predict(later), 0)) == [2, 3]
 
 
 def test_tables_forget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,9 +582,19 @@ def test_taps_show_the_seams_in_order_and_come_off() -> None:
     torch.testing.assert_close(seen[0].state_TD, embedded)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     # Without tokens nothing is said of the last ones.
-    bare = observe(model, lambda: model(inputs_embeds=embedded[None]))
-    assert len(bare) == 5
-    assert all(o.token_ids_T is None for o in bare)
+    inputs = FAMILIES["qwen3_moe"].inputs(model, TOKENS)
+    bare = observe(model, lambda: (model(**inputs), model(inputs_embeds=embedded[None])))
+    assert [o.token_ids_T is None for o in bare] == [False] * 5 + [True] * 5
+
+
+def test_experts_that_share_a_decoder_layer_are_seen_when_they_route() -> None:
+    model = build("ernie4_5_vl_moe")
+    seen = observe(model, lambda: model(**FAMILIES["ernie4_5_vl_moe"].inputs(model, TOKENS)))
+    assert {o.layer for o in seen} == {0, 1, 2, 3}
+    assert {o.seam for o in seen if o.layer < 2} == {Seam.ROUTED}
+    # Text experts are followed by text experts, of another size than the ones for images.
+    said = [(o.layer, p.layer) for o in seen for p in GatePredictor(gates_of(model), Reach()).predict(o) if o.layer < 2]
+    assert said == [(0, 2), (1, 3)]
 
 
 def test_a_copy_of_a_tapped_model_is_not_tapped() -> None:
