@@ -597,6 +597,9 @@ class TestInterruptions:
             pytest.param({"slots": 2}, 37, id="streaming"),
             pytest.param({"slots": 8}, 17, id="mostly-resident"),
             pytest.param({"slots": 5, "partition": "global"}, 5, id="shared"),
+            pytest.param({"slots": 2}, 3, id="streaming-thoroughly", marks=pytest.mark.slow),
+            pytest.param({"slots": 8}, 2, id="mostly-resident-thoroughly", marks=pytest.mark.slow),
+            pytest.param({"slots": 5, "partition": "global"}, 1, id="shared-everywhere", marks=pytest.mark.slow),
         ],
     )
     def test_wherever_a_signal_can_strike(

@@ -12,7 +12,7 @@ import pytest
 import promoe_triton
 
 PACKAGE = Path(promoe_triton.__file__).parent
-PURE = ("protocols", "policies", "slots", "transfers", "config", "errors")
+PURE = ("core", "protocols", "policies", "slots", "transfers", "config", "errors")
 
 
 def imports(file: Path) -> set[str]:
