@@ -19,6 +19,7 @@ from promoe_triton.budget import available_memory
 from promoe_triton.config import Config
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
+from promoe_triton.memory import in_files, own_memory
 from promoe_triton.patch._families import describe
 from promoe_triton.patch._swap import (
     check_patchable,
@@ -28,7 +29,6 @@ from promoe_triton.patch._swap import (
     patch,
     plan,
 )
-from promoe_triton.stores.image import ALIGN, view_bytes
 from promoe_triton.stores.resolve import resolve_files
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
         stub = model.get_submodule(path)
         owner, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(owner), leaf, stub.restore())
-    _own_memory(model)
+    own_memory(in_files((*model.parameters(), *model.buffers())))
     check_patchable(model, resting=True)
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
@@ -115,20 +115,6 @@ def skeleton_of(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
 def _everything_fits(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout]) -> bool:
     size = sum(parameter.nbytes for parameter in skeleton.parameters())
     return bool(size + room_for_context(skeleton) <= available_memory())
-
-
-def _own_memory(model: nn.Module) -> None:
-    """Give the dense part memory of its own, in place of the checkpoint's mapping that transformers leaves.
-
-    A checkpoint that is truncated or overwritten under the running model then cannot hurt it. Tensors keep their
-    alignment, so that products round as they did.
-    """
-    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
-        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.nbytes:
-            continue
-        room = torch.empty(tensor.nbytes + 2 * ALIGN, dtype=torch.uint8)
-        first = (tensor.data_ptr() - room.data_ptr()) % ALIGN
-        tensor.data = view_bytes(room, first, tuple(tensor.shape), tensor.dtype).copy_(tensor.data)
 
 
 def room_for_context(model: PreTrainedModel) -> int:

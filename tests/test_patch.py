@@ -28,6 +28,7 @@ from zoo import FAMILIES
 
 import promoe_triton
 from promoe_triton import PromoeError, runtime
+from promoe_triton.memory import in_files
 from promoe_triton.patch import _swap
 from promoe_triton.patch._families import describe
 from promoe_triton.protocols import ExpertKey
@@ -158,6 +159,17 @@ class TestRefused:
         gc.collect()
         assert not os.listdir(tmp_path)
 
+    def test_weights_in_mapped_files_give_no_memory_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The experts of gpt_oss are stacked in the file as in the model: the loader leaves them there."""
+        build("gpt_oss").save_pretrained(tmp_path)
+        model = type(build("gpt_oss")).from_pretrained(tmp_path)
+        parameters = dict(model.named_parameters())
+        assert len(in_files(parameters.values())) == len(parameters)
+        dense = sum(p.nbytes for name, p in parameters.items() if ".experts." not in name)
+        monkeypatch.setattr(_swap, "available_memory", lambda: dense + 10)
+        self.refused(model, r"slots take .*, but only 10 B of memory are free", slots=2)
+        self.refused(model, r"kB of weights lie in mapped files, .* but only .* are free", slots=None)
+
     def test_slots_too_small_for_an_expert(self) -> None:
         self.refused(build(), "100 B hold no expert: one slot takes 23 kB", ValueError, slots="100B")
 
@@ -211,6 +223,21 @@ class TestThereAndBack:
         before = state_of(model)
         promoe_triton.patch(model, slots=4)
         assert promoe_triton.stats(model).store == f"checkpoint {tmp_path}"
+        promoe_triton.unpatch(model)
+        assert state_of(model) == before
+
+    @pytest.mark.parametrize("slots", [2, None], ids=["two-slots", "resident"])
+    def test_nothing_that_stays_lies_in_a_file(self, slots: int | None, tmp_path: Path) -> None:
+        original = build("gpt_oss")
+        original.config.tie_word_embeddings = True
+        original.tie_weights()
+        original.save_pretrained(tmp_path)
+        model = type(original).from_pretrained(tmp_path)
+        before = state_of(model)
+        assert in_files(model.parameters())
+        promoe_triton.patch(model, slots=slots)
+        assert not in_files((*model.parameters(), *model.buffers()))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
         promoe_triton.unpatch(model)
         assert state_of(model) == before
 

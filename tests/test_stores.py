@@ -23,7 +23,7 @@ from zoo import FAMILIES
 
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
-from promoe_triton.memory import SlotMemory
+from promoe_triton.memory import SlotMemory, in_files, own_memory
 from promoe_triton.patch._swap import checkpoint_store, find_experts
 from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, Part, TensorSpec, round_up
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves, same_tensors
@@ -736,3 +736,40 @@ class TestSlotMemory:
         assert anonymous() - before < 2**24
         memory.view[:] = bytes(64 * 2**20)
         assert anonymous() - before >= 64 * 2**20
+
+
+class TestOwnMemory:
+    @pytest.fixture
+    def tensors(self, tmp_path: Path) -> dict[str, Tensor]:
+        """Named tensors in one mapped file: two at odd places, a turned one, every second row, and an alias."""
+        file = tmp_path / "w"
+        file.write_bytes(random_bytes(5000))
+        storage = torch.UntypedStorage.from_file(str(file), shared=True, nbytes=5000)
+        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        first = whole[:400].view(torch.float32)
+        return {
+            "first": first,
+            "odd": whole[1012:1412].view(torch.float32),
+            "turned": whole[2000:2240].view(torch.int16).view(12, 10).t(),
+            "rows": whole[3000:3200].view(20, 10)[::2],
+            "alias": first.view(-1),
+        }
+
+    def test_only_what_lies_in_files_is_found(self, tensors: dict[str, Tensor]) -> None:
+        anonymous, shared = torch.ones(9), torch.ones(9).share_memory_()
+        elsewhere = [anonymous, shared, torch.empty(3, device="meta"), torch.empty(0)]
+        mapped = list(tensors.values())
+        found = in_files([*elsewhere, *mapped, *mapped])
+        assert [id(tensor) for tensor in found] == [id(tensor) for tensor in mapped]
+
+    def test_copies_are_equal_and_do_not_change_with_the_file(self, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+        before = {name: (t.clone(), t.stride(), t.data_ptr() % 64, t.shape) for name, t in tensors.items()}
+        own_memory(tensors.values())
+        assert not in_files(tensors.values())
+        with (tmp_path / "w").open("r+b") as handle:
+            handle.write(bytes(5000))
+        for name, tensor in tensors.items():
+            bits, *lie = before[name]
+            assert torch.equal(tensor.contiguous().view(torch.uint8), bits.contiguous().view(torch.uint8)), name
+            assert lie == [tensor.stride(), tensor.data_ptr() % 64, tensor.shape]
+        assert tensors["alias"].data_ptr() == tensors["first"].data_ptr(), "what was one stays one"

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from promoe_triton import ops
 from promoe_triton.budget import Budget, LayerNeed, available_memory, plan_slots
-from promoe_triton.config import Config, parse_size
+from promoe_triton.config import Config, format_size, parse_size
 from promoe_triton.counters import Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layer import ProMoEExperts, patched_class
 from promoe_triton.layout import ExpertLayout
+from promoe_triton.memory import in_files, own_memory
 from promoe_triton.patch._families import describe
 from promoe_triton.protocols import ExpertKey, ExpertSpec, Store
 from promoe_triton.runtime import ModelRuntime, Popularity
@@ -151,7 +152,12 @@ def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
     specs = [layout.spec(module) for module, layout in zip(modules, layouts, strict=True)]
     experts = [layout.experts for layout in layouts]
     weights = sum(spec.nbytes * n for spec, n in zip(specs, experts, strict=True))
-    if config.slots is None or covers(config.slots, sum(experts), weights):
+    resident = config.slots is None or covers(config.slots, sum(experts), weights)
+    leaving = [] if resident else _parameters(modules, layouts)
+    staying = _mapped(model, leaving)
+    if resident:
+        check_own_memory(staying)
+        own_memory(staying)
         budget = Budget(
             slots_of_layer=tuple(layout.experts for layout in layouts),
             slot_bytes=(0,) * len(layouts),
@@ -159,12 +165,44 @@ def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
         )
         install(model, modules, layouts, config, HostStore(modules, layouts), budget)
         return model
+    # What the experts themselves take is given back and counts as free, unless it is a file's.
+    given = _nbytes(leaving) - _nbytes(in_files(leaving)) - _nbytes(staying)
     # An early answer to a budget that cannot be met, before anything is read or written.
     needs = [LayerNeed(experts=n, spec=spec, slot_bytes=spec.nbytes) for spec, n in zip(specs, experts, strict=True)]
-    plan_slots(config.slots, config.partition, needs, available_memory() + weights)
+    plan_slots(config.slots, config.partition, needs, available_memory() + given)
     store = rest(model, found, config)
-    install(model, modules, layouts, config, store, plan(config, store, layouts, available_memory() + weights))
+    budget = plan(config, store, layouts, available_memory() + given)
+    own_memory(staying)
+    install(model, modules, layouts, config, store, budget)
     return model
+
+
+def _parameters(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> list[nn.Parameter]:
+    """Return the experts' parameters, each once."""
+    parameters = [
+        module.get_parameter(n) for module, layout in zip(modules, layouts, strict=True) for n in layout.names
+    ]
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def _mapped(model: nn.Module, leaving: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    """Return what lies in mapped files and stays in memory, so that it needs memory of its own."""
+    left = set(map(id, leaving))
+    return in_files(tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in left)
+
+
+def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def check_own_memory(staying: Sequence[torch.Tensor]) -> None:
+    """Raise PromoeError where weights that lie in mapped files do not fit in the memory that is free."""
+    needed, free = _nbytes(staying), available_memory()
+    if needed > free:
+        raise PromoeError(
+            f"{format_size(needed)} of weights lie in mapped files, and the model would change with them; their own "
+            f"memory is as much, but only {format_size(free)} are free; keep fewer experts resident (slots=...)"
+        )
 
 
 def covers(slots: int | float | str, experts: int, weights: int) -> bool:

@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from promoe_triton.memory import ALIGN
 from promoe_triton.protocols import PAGE, ExpertSpec, Part, TensorSpec, round_up
-
-ALIGN = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
