@@ -10,6 +10,7 @@ import json
 import opcode
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from zoo import FAMILIES
 import promoe_triton
 from promoe_triton import Config, PromoeError
 from promoe_triton.backends.torch import Grouped
+from promoe_triton.stores import safetensors_files
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = str(ROOT / "promoe_triton")
@@ -228,9 +230,41 @@ class TestFiles:
     @pytest.mark.parametrize("fault", [truncated, emptied, overwritten], ids=lambda fault: fault.__name__)
     def test_the_offset_is_named(self, fault: Callable[[Path], None], folder: Path) -> None:
         model = load(folder)
-        fault(largest(folder))
-        with pytest.raises(PromoeError, match=r"offset \d+"):
+        file = largest(folder)
+        fault(file)
+        offset = 0 if fault is overwritten else file.stat().st_size
+        # Whichever comes first: a thread that looks at the file before it reads, or one in the middle of an expert.
+        with pytest.raises(PromoeError, match=rf"{file.name} .*(ends at|from) offset {offset}\b"):
             logits(model)
+
+    def test_the_offset_of_a_late_change_is_named(self, tmp_path: Path) -> None:
+        build().save_pretrained(tmp_path)
+        model = load(tmp_path)
+        file = tmp_path / "model.safetensors"
+        block = (file.stat().st_size - 1) // 65536 * 65536
+        assert block > 0
+        with file.open("r+b") as handle:
+            handle.seek(block)
+            handle.write(bytes(100))
+        with pytest.raises(PromoeError, match=f"other contents in the 65536 bytes from offset {block} on"):
+            logits(model)
+
+    def test_a_large_one_is_changed_in_place(
+        self, tmp_path: Path, want: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All of it but its header, in which the only sample lies."""
+        monkeypatch.setattr(safetensors_files, "READ_WHOLE", 4096)
+        build().save_pretrained(tmp_path)
+        model = load(tmp_path)
+        file = tmp_path / "model.safetensors"
+        original = shutil.copy2(file, tmp_path / "original")
+        with file.open("r+b") as handle:
+            handle.seek(8192)
+            handle.write(bytes(file.stat().st_size - 8192))
+        with pytest.raises(PromoeError, match=r"another modification time, noticed at a read at offset \d{4,}, "):
+            logits(model)
+        subprocess.run(["cp", "-p", original, file], check=True)
+        assert torch.equal(logits(model), want)
 
     @pytest.mark.parametrize("io", ["buffered", "direct"])
     @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +27,7 @@ from promoe_triton.layout import ExpertLayout
 from promoe_triton.memory import SlotMemory, in_files, own_memory
 from promoe_triton.patch._swap import checkpoint_store, find_experts
 from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, Part, TensorSpec, round_up
+from promoe_triton.stores import safetensors_files
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves, same_tensors
 from promoe_triton.stores.conversion import ParameterSource
 from promoe_triton.stores.host import HostStore
@@ -190,14 +192,16 @@ class TestUnchanged:
         unchanged = Unchanged([file])
         size = file.stat().st_size
         os.truncate(file, size - 1)
-        with pytest.raises(PromoeError, match=rf"w\.safetensors has changed .* {size - 1} bytes instead of {size}"):
+        message = rf"w\.safetensors has changed .* {size - 1} bytes instead of {size}, it ends at offset {size - 1};"
+        with pytest.raises(PromoeError, match=message):
             unchanged.check(file)
 
     def test_longer(self, file: Path) -> None:
         unchanged = Unchanged([file])
+        size = file.stat().st_size
         with file.open("ab") as handle:
             handle.write(b"1")
-        with pytest.raises(PromoeError, match="has changed"):
+        with pytest.raises(PromoeError, match=rf"has changed .* it should have ended at offset {size};"):
             unchanged.check(file)
 
     def test_refused_until_it_is_back(self, file: Path) -> None:
@@ -220,7 +224,9 @@ class TestUnchanged:
         content = bytearray(file.read_bytes())
         content[offset] ^= 1
         file.write_bytes(content)
-        with pytest.raises(PromoeError, match="has changed while the model was using it"):
+        block = offset // 65536 * 65536
+        message = rf"has changed while .* other contents in the 65536 bytes from offset {block} on; put the original"
+        with pytest.raises(PromoeError, match=message):
             unchanged.check(file)
 
     def test_other_contents_of_the_same_time(self, file: Path) -> None:
@@ -239,6 +245,68 @@ class TestUnchanged:
     @staticmethod
     def _folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
         request.cls.folder = tmp_path_factory.mktemp("unchanged")
+
+
+class TestLargeUnchanged:
+    """Files too large to be compared whole."""
+
+    @pytest.fixture
+    def file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(safetensors_files, "READ_WHOLE", 2**20)
+        return TestUnchanged.write(tmp_path / "w.safetensors")
+
+    def test_moved_away_and_back(self, file: Path) -> None:
+        unchanged = Unchanged([file])
+        away = file.rename(file.with_suffix(".away"))
+        with pytest.raises(PromoeError, match="has gone"):
+            unchanged.check(file, 0)
+        away.chmod(0o600)
+        away.rename(file)
+        assert unchanged.check(file, 0) is False
+        assert unchanged.check(file, 0) is True
+
+    def test_changed_in_place_where_no_sample_is(self, file: Path) -> None:
+        unchanged = Unchanged([file])
+        original = shutil.copy2(file, file.with_suffix(".original"))
+        with file.open("r+b") as handle:
+            handle.seek(2**20)
+            handle.write(bytes(2**20))
+        message = (
+            r"w\.safetensors has changed .* another modification time, noticed at a read at offset 5000, .*"
+            r"put the original back \(cp -p over it keeps its time\) and call again, or load the model again"
+        )
+        for _ in range(2):
+            with pytest.raises(PromoeError, match=message):
+                unchanged.check(file, 5000)
+        subprocess.run(["cp", "-p", original, file], check=True)
+        assert unchanged.check(file, 5000) is False
+
+    def test_changed_in_place_where_a_sample_is(self, file: Path) -> None:
+        unchanged = Unchanged([file])
+        content = bytearray(file.read_bytes())
+        content[100] ^= 1
+        before = file.stat()
+        file.write_bytes(content)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(PromoeError, match="other contents in the 4096 bytes from offset 0 on"):
+            unchanged.check(file, 5000)
+
+    def test_the_same_bytes_written_anew(self, file: Path) -> None:
+        unchanged = Unchanged([file])
+        file.write_bytes(file.read_bytes())
+        with pytest.raises(PromoeError, match=r"another modification time, .* or load the model again"):
+            unchanged.check(file, 0)
+
+    def test_replaced_by_a_copy_of_the_same_time(self, file: Path) -> None:
+        """Whose samples are the same: nothing tells that the rest is."""
+        unchanged = Unchanged([file])
+        other = Path(shutil.copy2(file, file.with_suffix(".other")))
+        original = file.rename(file.with_suffix(".original"))
+        other.rename(file)
+        with pytest.raises(PromoeError, match=r"another inode, it is another file, .*; move the original file back"):
+            unchanged.check(file, 0)
+        original.rename(file)
+        assert unchanged.check(file, 0) is False
 
 
 FILE_BYTES = 6 * PAGE + 1234
@@ -418,7 +486,7 @@ class TestReader:
             copy = file.with_suffix(".copy")
             copy.write_bytes(file.read_bytes())
             copy.replace(file)
-            reader.check(file)
+            reader.check(file, 0)
             with file.open("r+b") as handle:
                 handle.write(b"new")  # visible only in the new file
             reader.read(file, 0, 3, memory.view, 0)

@@ -217,8 +217,8 @@ def _copy(shared: _Shared, chunk: Chunk) -> int:
     if shared.store.staged(transfer.key.layer):
         return shared.store.convert(transfer.key, image, memory.slot(transfer.slot), reader)
     if chunk.begin == 0:
-        for file in image.files:
-            reader.check(file)  # opens it anew where it was exchanged for an equal one
+        for file, offset in image.files.items():
+            reader.check(file, offset)  # opens it anew where it was exchanged for an equal one
     index = bisect.bisect_right(image.ends, chunk.begin)
     extent = image.extents[index]
     skip = chunk.begin - (image.ends[index] - extent.nbytes)
@@ -238,9 +238,9 @@ def _finish(shared: _Shared, transfer: Transfer) -> None:
     """Put the last bytes in place and report the tensors."""
     image, memory = shared.image(transfer), shared.memory_of_layer[transfer.key.layer]
     if not shared.store.staged(transfer.key.layer):
-        for file in image.files:
+        for file, offset in image.files.items():
             # Only a file that is still the same after the last read has surely been the same at the first.
-            shared.reader.check(file)
+            shared.reader.check(file, offset)
         apply_moves(image, memory.slot(transfer.slot))
     tensors = shared.views(image, memory, transfer.slot)
     with shared.settled:

@@ -98,9 +98,9 @@ class CheckpointStore:
                 staging = self._stage(sum(round_up(ref.nbytes) + 2 * PAGE for ref in shares.values()))
                 tensors, start = {}, 0
                 for pattern, ref in shares.items():
-                    reader.check(ref.file)
+                    reader.check(ref.file, ref.offset)
                     first = reader.read(ref.file, ref.offset, ref.nbytes, staging.view, start)
-                    reader.check(ref.file)  # again: it may have changed while it was read
+                    reader.check(ref.file, ref.offset)  # again: it may have changed while it was read
                     raw = staging.slot(0)[first : first + ref.nbytes]
                     if first % ref.dtype.itemsize:
                         raw = raw.clone()  # a view must begin at a multiple of the dtype's size
@@ -124,8 +124,10 @@ class CheckpointStore:
                 self.convert(key, image, slot.slot(0), reader)
             else:
                 for extent in image.extents:
-                    reader.check(extent.file)
+                    reader.check(extent.file, extent.offset)
                     reader.read_into(extent.file, extent.offset, extent.nbytes, slot.view, extent.slot_offset)
+                for file, offset in image.files.items():
+                    reader.check(file, offset)  # again: it may have changed while it was read
         return image.views(slot.slot(0))
 
 

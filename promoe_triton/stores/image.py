@@ -93,8 +93,9 @@ class SlotImage:
         return tuple(move for tensor in self.tensors for move in tensor.moves)
 
     @cached_property
-    def files(self) -> frozenset[Path]:
-        return frozenset(extent.file for extent in self.extents)
+    def files(self) -> dict[Path, int]:
+        """The files that are read, with the first offset in each."""
+        return {extent.file: extent.offset for extent in reversed(self.extents)}
 
     @cached_property
     def places(self) -> tuple[tuple[TensorSpec, int], ...]:

@@ -43,9 +43,9 @@ class FileReader:
     ) -> None:
         self.close()
 
-    def check(self, file: Path) -> None:
-        """Raise PromoeError unless `file` is still the one that was indexed."""
-        if not self._unchanged.check(file):
+    def check(self, file: Path, offset: int) -> None:
+        """Raise PromoeError unless `file`, which is read at `offset`, is still the one that was indexed."""
+        if not self._unchanged.check(file, offset):
             with self._lock:
                 self._handles.pop(file, None)
 
@@ -103,8 +103,9 @@ class FileReader:
             # After a short direct read, what follows must start on a page again.
             progress = count - count % PAGE if self.direct and reached < needed else count
             if progress == 0:
+                end = min(os.fstat(handle.descriptor).st_size, offset + reached)
                 raise PromoeError(
-                    f"{file} ends at offset {offset + reached}, {needed - reached} bytes before the expert does: "
+                    f"{file} ends at offset {end}, {offset + needed - end} bytes before the expert does: "
                     "it is truncated; restore the file and call again"
                 )
             done += progress

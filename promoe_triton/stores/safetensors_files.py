@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,14 +103,18 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorRef]:
 
 
 class _Stamp(NamedTuple):
+    device: int
+    inode: int
     size: int
     mtime_ns: int
     ctime_ns: int
-    inode: int
 
 
-SAMPLE_EVERY = 4 * 2**20
-"""Distance in bytes of the blocks that stand for a large file's contents; smaller than most experts."""
+BLOCK = 64 * 2**10
+"""Bytes of a small file that are compared at a time; a difference is named by the block it is in."""
+
+SAMPLE, SAMPLE_EVERY = 4096, 4 * 2**20
+"""Length of the blocks of a large file that are looked at, and the distance from one to the next."""
 
 READ_WHOLE = 64 * 2**20
 """Files up to this many bytes are compared whole."""
@@ -118,61 +123,85 @@ READ_WHOLE = 64 * 2**20
 class Unchanged:
     """Checks that files are the ones that were indexed.
 
-    The common case is one `stat`. Where that differs (a file was replaced, or moved away and back) the contents
-    are compared with those seen at the start: whole for small files, a block every few megabytes for large ones.
+    The common case is one `stat`. Where that differs, a small file's contents are compared with those seen at the
+    start. A large file's are too many to have been seen all: it passes only where nothing but its path can have
+    moved, that is where device, inode, size and modification time are what they were. Samples of its contents may
+    refuse it too, and never let it pass.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._stamps = {file: _stamp(file) for file in files}
-        self._digests = {file: _digest(file) for file in self._stamps}
+        self._digests = {file: _digests(file) for file in self._stamps}
 
     @property
     def files(self) -> Mapping[Path, object]:
         return self._stamps
 
-    def check(self, file: Path) -> bool:
-        """Return False where the file was exchanged for an equal one: open handles to it are stale.
+    def check(self, file: Path, offset: int | None = None) -> bool:
+        """Return False where the file was moved or exchanged for an equal one: open handles to it are stale.
 
-        Raises PromoeError where it is missing or has other contents.
+        offset: of the read that this is for, if there is one; named where nothing tells which bytes differ.
+        Raises PromoeError where it is missing, has other contents, or may have.
         """
         try:
             stamp = _stamp(file)
         except FileNotFoundError:
             raise PromoeError(f"{file} has gone while the model was using it; put it back and call again") from None
-        known = self._stamps[file]
-        if stamp == known:
+        if stamp == self._stamps[file]:
             return True
-        if stamp.size != known.size:
-            raise PromoeError(
-                f"{file} has changed while the model was using it: {stamp.size} bytes instead of {known.size}, "
-                f"so its contents end or differ from offset {min(stamp.size, known.size)} on; "
-                "put the original file back and call again"
-            )
-        if _digest(file) != self._digests[file]:
-            raise PromoeError(
-                f"{file} has changed while the model was using it (same size, other contents from offset 0 on); "
-                "put the original file back and call again"
-            )
-        logger.warning(
-            "%s was moved or written anew; going on, since %s",
-            file,
-            "its contents are the same" if stamp.size <= READ_WHOLE else "blocks all over it are the same",
-        )
+        self._compare(file, stamp, "" if offset is None else f", noticed at a read at offset {offset}")
+        logger.warning("%s was moved or written anew; going on, since its contents are the same", file)
         self._stamps[file] = stamp
         return False
+
+    def _compare(self, file: Path, stamp: _Stamp, noticed: str) -> None:
+        """Raise PromoeError unless a file whose stamp is another now surely has the contents it had."""
+        known = self._stamps[file]
+        changed = f"{file} has changed while the model was using it"
+        remedy = "put the original file back and call again"
+        if known.size > READ_WHOLE:
+            remedy = "put the original back (cp -p over it keeps its time) and call again, or load the model again"
+        if stamp.size != known.size:
+            ends = "ends" if stamp.size < known.size else "should have ended"
+            raise PromoeError(
+                f"{changed}: {stamp.size} bytes instead of {known.size}, it {ends} at offset "
+                f"{min(stamp.size, known.size)}; {remedy}"
+            )
+        pairs = zip_longest(_digests(file), self._digests[file])
+        differing = next((index for index, (now, before) in enumerate(pairs) if now != before), None)
+        if differing is not None:
+            length, every = _blocks(known.size)
+            raise PromoeError(
+                f"{changed}: same size, other contents in the {length} bytes from offset {differing * every} on; "
+                f"{remedy}"
+            )
+        if known.size <= READ_WHOLE or stamp._replace(ctime_ns=known.ctime_ns) == known:
+            return
+        what = "inode, it is another file" if stamp[:2] != known[:2] else "modification time"
+        if stamp[:2] != known[:2]:
+            remedy = "move the original file back and call again, or load the model again"
+        raise PromoeError(
+            f"{changed}: same size, but another {what}{noticed}, and it is too large to compare all of its contents; "
+            f"{remedy}"
+        )
 
 
 def _stamp(file: Path) -> _Stamp:
     status = os.stat(file)
-    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return _Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _digest(file: Path, block: int = 4096) -> bytes:
-    digest = hashlib.blake2b()
+def _blocks(size: int) -> tuple[int, int]:
+    """Return the length of the blocks that are compared in a file of `size` bytes, and their distance."""
+    return (BLOCK, BLOCK) if size <= READ_WHOLE else (SAMPLE, SAMPLE_EVERY)
+
+
+def _digests(file: Path) -> list[bytes]:
+    """Return a digest for each block of the file that is compared."""
     size = file.stat().st_size
+    length, every = _blocks(size)
     with file.open("rb", buffering=0) as handle:
-        if size <= READ_WHOLE:
-            digest.update(handle.read())
-        for offset in range(0, size if size > READ_WHOLE else 0, SAMPLE_EVERY):
-            digest.update(os.pread(handle.fileno(), block, offset))
-    return digest.digest()
+        return [
+            hashlib.blake2b(os.pread(handle.fileno(), length, offset), digest_size=32).digest()
+            for offset in range(0, size, every)
+        ]
