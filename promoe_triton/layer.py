@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from promoe_triton import ops
-from promoe_triton.config import format_size
 from promoe_triton.errors import PromoeError
 from promoe_triton.runtime import LayerRuntime
 
@@ -99,7 +98,7 @@ class ProMoEExperts(nn.Module):
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         layer = self._promoe
         if layer.table is not None:
-            layer.model.check_room(f"the state dict of {format_size(layer.model.expert_bytes)} of experts")
+            layer.model.check_room("the state dict of this layer's experts", layer.nbytes)
             for name, tensor in layer.stack(self).items():
                 state[prefix + name] = tensor
         return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 import sys
@@ -98,18 +99,21 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
 
 
 def skeleton_of(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """Return the model without any weights, in the class the checkpoint names."""
+    """Return the model without any weights, in the class the checkpoint names and the dtype the options ask for."""
     taken = {*_FILE_OPTIONS, "trust_remote_code", "code_revision"}
     configuration = options.get("config")
     if not isinstance(configuration, transformers.PreTrainedConfig):
         configuration = AutoConfig.from_pretrained(name, **{k: v for k, v in options.items() if k in taken})
+    dtype = options.get("dtype") or options.get("torch_dtype")
+    asked = {"dtype": dtype} if isinstance(dtype, str | torch.dtype) and dtype != "auto" else {}
+    configuration = copy.deepcopy(configuration)  # transformers writes the dtype into it
     architectures = getattr(configuration, "architectures", None) or [""]
     known = getattr(transformers, architectures[0], None)
     with torch.device("meta"):
         if known is not None:
-            return known._from_config(configuration)
+            return known._from_config(configuration, **asked)
         remote = {k: v for k, v in options.items() if k in ("trust_remote_code", "code_revision")}
-        return AutoModelForCausalLM.from_config(configuration, **remote)
+        return AutoModelForCausalLM.from_config(configuration, **remote, **asked)
 
 
 def _everything_fits(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout]) -> bool:

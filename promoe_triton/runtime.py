@@ -54,6 +54,11 @@ class LayerRuntime:
         self.resident = False
         self._bound = table is not None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts of the layer."""
+        return self.model.store.specs[self.index].nbytes * self.layout.experts
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRuntime:
         raise PromoeError("a part of a patched model cannot be copied; copy the whole model, or unpatch it first")
 
@@ -258,9 +263,7 @@ class ModelRuntime:
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts of the model."""
-        return sum(
-            spec.nbytes * layer.layout.experts for spec, layer in zip(self.store.specs, self.layers, strict=True)
-        )
+        return sum(layer.nbytes for layer in self.layers)
 
     def check_room(self, purpose: str, nbytes: int | None = None) -> None:
         """Raise PromoeError unless `nbytes` (default: all experts) fit in the memory that is free."""

@@ -284,6 +284,16 @@ class TestThereAndBack:
         assert tokens(patched) == expected
         assert tokens(promoe_triton.unpatch(patched)) == expected
 
+    def test_slots_are_no_room_for_the_weights(self, patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are kept until the last weight has been read."""
+        needed = patched._promoe_runtime.expert_bytes
+        with monkeypatch.context() as context:
+            context.setattr(runtime, "available_memory", lambda: needed - 1)
+            with pytest.raises(PromoeError, match="putting the weights back needs"):
+                promoe_triton.unpatch(patched)
+        monkeypatch.setattr(runtime, "available_memory", lambda: needed)
+        promoe_triton.unpatch(patched)
+
     def test_loaded_without_weights_and_unpatched(self, tmp_path: Path) -> None:
         original = build()
         original.save_pretrained(tmp_path)
@@ -315,6 +325,17 @@ class TestWeights:
         monkeypatch.setattr(runtime, "available_memory", lambda: 10)
         with pytest.raises(PromoeError, match=r"the state dict of .* needs .* only 10 B are free"):
             patched.state_dict()
+
+    @pytest.mark.parametrize("action", ["state_dict", "save_pretrained"])
+    def test_room_for_all_experts_is_asked_for_once(
+        self, action: str, patched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And then for those that are still to come."""
+        experts = [layer.nbytes for layer in patched._promoe_runtime.layers]
+        assert len(experts) == 2
+        free = iter([sum(experts), sum(experts), experts[1]])
+        monkeypatch.setattr(runtime, "available_memory", lambda: next(free))
+        getattr(patched, action)(**({"save_directory": tmp_path / "saved"} if action == "save_pretrained" else {}))
 
     def test_parameters_keep_their_names_shapes_and_count(self, patched: Any) -> None:
         original = build()
@@ -860,6 +881,27 @@ class TestFromPretrained:
         assert promoe_triton.stats(model).slots == 12
         assert "resident" in promoe_triton.stats(model).store
         assert tokens(model) == expected
+
+    @pytest.mark.parametrize(
+        ("dtype", "resident"),
+        [("float32", False), (torch.bfloat16, True), ("bfloat16", True), ("auto", False)],
+        ids=str,
+    )
+    def test_what_fits_depends_on_the_dtype(
+        self, dtype: Any, resident: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from promoe_triton import loading
+
+        asked = loading.skeleton_of(str(folder), {"dtype": torch.bfloat16})
+        assert {parameter.dtype for parameter in asked.parameters()} == {torch.bfloat16}
+        monkeypatch.setattr(loading, "RESERVE", 0)
+        free = sum(p.nbytes for p in asked.parameters()) * 3 // 2 + loading.room_for_context(asked)
+        monkeypatch.setattr(loading, "available_memory", lambda: free)
+        config = build().config
+        before = copy.deepcopy(config)
+        skeleton = loading.skeleton_of(str(folder), {"dtype": dtype, "config": config})
+        assert loading._everything_fits(skeleton, {}) is resident
+        assert config.dtype == before.dtype, "the caller's configuration is left alone"
 
     def test_transformers_own_options_pass_through(self, folder: Path) -> None:
         model = promoe_triton.from_pretrained(

@@ -71,6 +71,13 @@ class PatchedModel(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise PromoeError("a patched model cannot be pickled; use save_pretrained, or unpatch it first")
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the true weights, experts at rest included, where all of them fit in the memory that is free."""
+        runtime = self._promoe_runtime
+        if runtime.link is not None:
+            runtime.check_room("the state dict of all experts")
+        return super().state_dict(*args, **kwargs)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Refuse weights for experts that rest in a store, before anything is loaded."""
         for path, module in self.named_modules():
@@ -384,7 +391,8 @@ def unpatch(model: Model) -> Model:
     """
     runtime = _runtime(model)
     if runtime.link is not None:
-        runtime.check_room("putting the weights back", max(runtime.expert_bytes - runtime.budget.nbytes, 0))
+        # All of them, beside the slots: those are kept until every weight has been read, so that a fault harms nothing.
+        runtime.check_room("putting the weights back")
     modules = promoe_modules(model)
     weights = (
         [layer.stack(module) for layer, module in zip(runtime.layers, modules, strict=True)] if runtime.link else []
