@@ -7,8 +7,9 @@ import copy
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.memory import in_files, own_memory
 from promoe_triton.patch._families import describe
+from promoe_triton.patch._quantised import refuse_quantised
 from promoe_triton.patch._swap import (
     check_patchable,
     checkpoint_store,
@@ -30,6 +32,7 @@ from promoe_triton.patch._swap import (
     patch,
     plan,
 )
+from promoe_triton.stores.conversion import QuantisedTensor
 from promoe_triton.stores.resolve import resolve_files
 
 logger = logging.getLogger(__name__)
@@ -68,14 +71,13 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
     skeleton = skeleton_of(name, options)
     found = find_experts(skeleton)
     files = resolve_files(name, **file_options)
+    reason = _unreadable(skeleton, found, files, options.get("key_mapping"))
     if config.slots is None and _everything_fits(skeleton, found):
         model = type(skeleton).from_pretrained(name, **options)
         return patch(model.eval(), config)
-    try:
-        checkpoint_store(skeleton, found, files, options.get("key_mapping"))
-    except PromoeError as reason:
+    if reason is not None:
         if config.store == "checkpoint":
-            raise
+            raise reason
         logger.warning("loading the whole model, because its experts cannot be read one at a time: %s", reason)
         return patch(type(skeleton).from_pretrained(name, **options).eval(), replace(config, store="spool"))
     with _without_experts(skeleton, found):
@@ -104,6 +106,8 @@ def skeleton_of(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     configuration = options.get("config")
     if not isinstance(configuration, transformers.PreTrainedConfig):
         configuration = AutoConfig.from_pretrained(name, **{k: v for k, v in options.items() if k in taken})
+    # Before transformers asks for the packages that a quantised model would need.
+    refuse_quantised(configuration)
     dtype = options.get("dtype") or options.get("torch_dtype")
     asked = {"dtype": dtype} if isinstance(dtype, str | torch.dtype) and dtype != "auto" else {}
     configuration = copy.deepcopy(configuration)  # transformers writes the dtype into it
@@ -114,6 +118,25 @@ def skeleton_of(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
             return known._from_config(configuration, **asked)
         remote = {k: v for k, v in options.items() if k in ("trust_remote_code", "code_revision")}
         return AutoModelForCausalLM.from_config(configuration, **remote, **asked)
+
+
+def _unreadable(
+    skeleton: PreTrainedModel,
+    found: Mapping[str, ExpertLayout],
+    files: Sequence[Path],
+    key_mapping: Mapping[str, str] | None,
+) -> PromoeError | None:
+    """Return why the experts cannot be read one at a time; None where they can.
+
+    Raises PromoeError for quantised ones: transformers would take their numbers, without the scales, for weights.
+    """
+    try:
+        checkpoint_store(skeleton, found, files, key_mapping)
+    except QuantisedTensor:
+        raise
+    except PromoeError as reason:
+        return reason
+    return None
 
 
 def _everything_fits(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout]) -> bool:

@@ -127,7 +127,7 @@ class TestRefused:
     def test_quantised(self, method: Any, named: str) -> None:
         model = build()
         model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
-        self.refused(model, f"quantised by {named}; load it with dtype='bfloat16'")
+        self.refused(model, f"quantised by {named}, which is not supported yet; use a checkpoint of plain")
 
     def test_quantised_experts(self) -> None:
         model = build()

@@ -46,7 +46,7 @@ def inspect(
 
 def _rows(needs: Needs) -> list[tuple[str, str]]:
     each = sorted(set(needs.expert_bytes))
-    rows = [
+    return [
         ("MoE layers", f"{needs.layers}"),
         ("experts", f"{_span(needs.experts)} per layer, {sum(needs.experts)} in all"),
         ("experts per token", "not named by the configuration" if needs.top_k is None else f"{needs.top_k}"),
@@ -58,9 +58,6 @@ def _rows(needs: Needs) -> list[tuple[str, str]]:
         ("free memory", format_size(needs.free_bytes)),
         ("experts rest in", needs.store),
     ]
-    if needs.quantised:
-        rows.append(("quantised", f"{needs.quantised}: not supported yet; sizes are those of {needs.dtype} weights"))
-    return rows
 
 
 def _span(numbers: tuple[int, ...]) -> str:

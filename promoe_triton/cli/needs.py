@@ -38,7 +38,6 @@ class Needs:
     """What a model consists of, in bytes. experts, expert_bytes: per MoE layer, and of one expert there.
 
     top_k: experts per token, None where nothing names it. store: where the experts rest, or why nowhere.
-    quantised: the method, None for plain weights.
     """
 
     architecture: str
@@ -50,7 +49,6 @@ class Needs:
     context_bytes: int
     free_bytes: int
     store: str
-    quantised: str | None
     choices: tuple[Choice, ...]
 
     @property
@@ -71,7 +69,6 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
     Raises PromoeError where there is no configuration, or the model has no experts that can be patched.
     """
     configuration = _configuration(name)
-    quantisation = getattr(configuration, "quantization_config", None)
     if dtype != "auto":
         configuration.dtype = getattr(torch, dtype)
     model = skeleton_of(name, {"config": configuration})
@@ -105,7 +102,6 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
         context_bytes=context,
         free_bytes=free,
         store=place,
-        quantised=_method(quantisation),
         choices=tuple(_choice(share, layer_needs, dense + context, free) for share in SHARES),
     )
 
@@ -136,12 +132,3 @@ def _top_k(model: Any, paths: Sequence[str]) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
-
-
-def _method(quantisation: Any) -> str | None:
-    if quantisation is None:
-        return None
-    if isinstance(quantisation, dict):
-        return str(quantisation.get("quant_method", "in an unnamed way"))
-    method = getattr(quantisation, "quant_method", "in an unnamed way")
-    return str(getattr(method, "value", method))

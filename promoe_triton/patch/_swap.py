@@ -25,6 +25,7 @@ from promoe_triton.layer import ProMoEExperts, patched_class
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.memory import in_files, own_memory
 from promoe_triton.patch._families import describe
+from promoe_triton.patch._quantised import refuse_quantised
 from promoe_triton.protocols import ExpertKey, ExpertSpec, Store
 from promoe_triton.runtime import ModelRuntime, Popularity
 from promoe_triton.stores.checkpoint import CheckpointStore, same_tensors
@@ -230,13 +231,7 @@ def check_patchable(model: nn.Module, resting: bool = False) -> None:
         raise PromoeError("the model is patched already; unpatch it first")
     if model.training:
         raise PromoeError("the model is in training mode; call model.eval() first (patching is for inference)")
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
-        raise PromoeError(
-            f"quantised models are not supported yet, and this one is quantised by {getattr(method, 'value', method)}; "
-            "load it with dtype='bfloat16' and without a quantization_config"
-        )
+    refuse_quantised(getattr(model, "config", None), getattr(model, "hf_quantizer", None))
     hooked = [path for path, module in model.named_modules() if hasattr(module, "_hf_hook")]
     if hooked:
         raise PromoeError(

@@ -23,6 +23,10 @@ from promoe_triton.stores.image import Piece
 from promoe_triton.stores.safetensors_files import TensorRef
 
 
+class QuantisedTensor(PromoeError):
+    """A checkpoint's expert is kept in numbers that are no weights without their scales."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterSource:
     """Where one stacked expert parameter ([E, ...]) comes from.
@@ -136,12 +140,21 @@ def map_parameters(
         if target not in state and key in state:
             target, pattern = core_model_loading.rename_source_key(key, [], [], model.base_model_prefix, state)
         if target in found:
+            _refuse_quantised(key, refs[key].dtype)
             found[target].setdefault(pattern or key, []).append(refs[key])
             chosen[target] = by_pattern[pattern] if pattern else None
     return {
         name: _source(model, name, experts, state[name], found[name], chosen.get(name))
         for name, experts in parameters.items()
     }
+
+
+def _refuse_quantised(key: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise QuantisedTensor(
+            f"{key} in the checkpoint has dtype {dtype}, but experts must be float32, bfloat16 or float16: quantised "
+            "weights are not supported yet"
+        )
 
 
 def _source(
