@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from promoe_triton.policies import POLICIES
 
@@ -103,12 +104,24 @@ class Config:
         if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
             raise ValueError(f"chunk must be a positive multiple of 4096 bytes, got {self.chunk!r}")
         for name in ("io_timeout", "lock_timeout"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise TypeError(f"{name} must be a number of seconds, got {getattr(self, name)!r}")
             if not 0 < getattr(self, name) <= threading.TIMEOUT_MAX:
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)!r}")
 
     @property
     def chunk_bytes(self) -> int:
         return parse_size(self.chunk) if isinstance(self.chunk, str) else self.chunk
+
+
+def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
+    """Return `config` (None: the defaults) with some fields overridden. Raises TypeError where it is something else."""
+    if config is None:
+        config = Config()
+    if not isinstance(config, Config):
+        hint = f"; for the number of slots write slots={config!r}" if isinstance(config, int | float | str) else ""
+        raise TypeError(f"config must be a promoe_triton.Config, got {config!r}{hint}")
+    return replace(config, **options)
 
 
 def check_slots(slots: Slots) -> None:

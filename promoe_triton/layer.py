@@ -31,11 +31,13 @@ class ProMoEExperts(nn.Module):
         return self._experts(hidden_states, top_k_index, top_k_weights)
 
     def _experts(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self._refuse_training()
         if torch.compiler.is_compiling():
             y_TD: Tensor = ops.experts(x_TD, expert_ids_TA, weights_TA, self._promoe_name)
             return y_TD
         if torch.is_grad_enabled():
-            self._refuse_gradients(x_TD)
+            self._warn_of_gradients(x_TD)
         return self.compute(x_TD, expert_ids_TA, weights_TA)
 
     def compute(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
@@ -55,12 +57,14 @@ class ProMoEExperts(nn.Module):
             layer.model.release()
         return y_TD
 
-    def _refuse_gradients(self, x_TD: Tensor) -> None:
+    def _refuse_training(self) -> None:
         if self.training:
             raise PromoeError(
                 "a patched model cannot be trained: its experts rest in a store without gradients. Call "
                 "promoe_triton.unpatch(model) first, or model.eval() for inference"
             )
+
+    def _warn_of_gradients(self, x_TD: Tensor) -> None:
         if x_TD.requires_grad:
             warnings.warn(
                 "a patched layer got an input that requires a gradient; its output is detached. Use "
@@ -87,7 +91,7 @@ class ProMoEExperts(nn.Module):
         layer = self._promoe
         for name, parameter in self.named_parameters() if layer.table is not None else ():
             probe = fn(torch.empty(0, dtype=parameter.dtype))
-            if probe.dtype != parameter.dtype or probe.device.type not in ("cpu", "meta"):
+            if probe.dtype != parameter.dtype or probe.device.type != "cpu":
                 raise PromoeError(
                     f"the experts rest in {layer.model.store.describe()} and cannot be moved to {probe.device} "
                     f"or cast to {probe.dtype} ({name} is {parameter.dtype} on the CPU); unpatch first"

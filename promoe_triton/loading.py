@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, monkey_patching
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, monkey_patching
 
 from promoe_triton.budget import available_memory
-from promoe_triton.config import Config
+from promoe_triton.config import Config, configured
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.memory import in_files, own_memory
@@ -40,6 +40,19 @@ logger = logging.getLogger(__name__)
 RESERVE = 2**30
 """Bytes of memory left free for activations where the number of slots is ours to choose."""
 
+_UNSUPPORTED = (
+    "device_map",
+    "quantization_config",
+    "gguf_file",
+    "tp_plan",
+    "distributed_config",
+    # The experts would come from other files than the rest.
+    "variant",
+    "state_dict",
+    # A model is what this function returns.
+    "output_loading_info",
+)
+
 _FILE_OPTIONS = (
     "cache_dir",
     "force_download",
@@ -51,7 +64,7 @@ _FILE_OPTIONS = (
 )
 
 
-def from_pretrained(name: str, config: Config | None = None, **options: Any) -> PreTrainedModel:
+def from_pretrained(name: str, config: Config | PreTrainedConfig | None = None, **options: Any) -> PreTrainedModel:
     """Load a Mixture-of-Experts model whose experts never all have to be in memory, and patch it.
 
     The dense part is loaded as transformers does; the experts stay in the checkpoint and come from there into
@@ -59,14 +72,20 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
 
     name: a folder or a hub id (a local snapshot serves with HF_HUB_OFFLINE=1).
     config, options: see `Config`; every option that is not a field of it goes to transformers' own
-        from_pretrained (revision, token, dtype, attn_implementation, trust_remote_code...).
+        from_pretrained (revision, token, dtype, attn_implementation, trust_remote_code...). A configuration of
+        transformers goes there too, in the place of the checkpoint's own; our fields then are options.
     Raises PromoeError where the checkpoint or the model is of a kind that cannot be run from slots.
     """
     mine = {field.name for field in fields(Config)}
-    config = replace(config or Config(), **{k: options.pop(k) for k in list(options) if k in mine})
-    for unsupported in ("device_map", "quantization_config", "tp_plan", "distributed_config"):
-        if options.get(unsupported) is not None:
+    chosen = {k: options.pop(k) for k in list(options) if k in mine}
+    if isinstance(config, PreTrainedConfig):
+        options["config"], config = config, None
+    config = configured(config, chosen)
+    for unsupported in _UNSUPPORTED:
+        if (value := options.get(unsupported)) is not None and value is not False:
             raise PromoeError(f"from_pretrained does not support {unsupported} yet; leave it out")
+    if Path(name).is_file():
+        raise PromoeError(f"{name} is no checkpoint: expected a folder with a config.json, or a hub id; this is a file")
     file_options = {key: options[key] for key in _FILE_OPTIONS if key in options}
     skeleton = skeleton_of(name, options)
     found = find_experts(skeleton)
@@ -100,12 +119,28 @@ def from_pretrained(name: str, config: Config | None = None, **options: Any) -> 
     return model
 
 
+def read_configuration(name: str, options: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint folder, a config.json or a hub id.
+
+    Raises PromoeError, saying what was expected, where there is none that transformers can read.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **(options or {}))
+    except (OSError, ValueError) as error:
+        path = Path(name)
+        found = "this is a file" if path.is_file() else "there is no such folder"
+        found = "the folder has none that can be read" if path.is_dir() else found
+        raise PromoeError(
+            f"{name} is no checkpoint: expected a folder with a config.json, or a hub id; {found} ({error})"
+        ) from error
+
+
 def skeleton_of(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """Return the model without any weights, in the class the checkpoint names and the dtype the options ask for."""
     taken = {*_FILE_OPTIONS, "trust_remote_code", "code_revision"}
-    configuration = options.get("config")
-    if not isinstance(configuration, transformers.PreTrainedConfig):
-        configuration = AutoConfig.from_pretrained(name, **{k: v for k, v in options.items() if k in taken})
+    configuration = copy.deepcopy(options.get("config"))
+    if configuration is None:
+        configuration = read_configuration(name, {k: v for k, v in options.items() if k in taken})
     # Before transformers asks for the packages that a quantised model would need.
     refuse_quantised(configuration)
     dtype = options.get("dtype") or options.get("torch_dtype")

@@ -92,3 +92,19 @@ def test_inductor() -> None:
         got = torch.compile(model, fullgraph=True)(IDS).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # inductor fuses the dense part and rounds otherwise
     assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["breaks-allowed", "fullgraph"])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_training_is_refused_as_without_compilation(slots: str, fullgraph: bool) -> None:
+    model: Any = promoe_triton.patch(build(), slots=SLOTS[slots], store="spool")
+    model.train()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    with pytest.raises(Exception, match="a patched model cannot be trained"):
+        compiled(IDS)
+    with torch.no_grad():
+        want = model(IDS).logits
+        assert torch.equal(compiled(IDS).logits, want)
+    model.eval()
+    assert not compiled(IDS).logits.isnan().any()

@@ -114,6 +114,8 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         pytest.param({"depth": "2"}, id="depth-text"),
         pytest.param({"chunk": 4096.0}, id="chunk-float"),
         pytest.param({"io_timeout": "60"}, id="io_timeout-text"),
+        pytest.param({"io_timeout": True}, id="io_timeout-bool"),
+        pytest.param({"lock_timeout": "60"}, id="lock_timeout-text"),
         pytest.param({"lock_timeout": None}, id="lock_timeout-none"),
     ],
 )

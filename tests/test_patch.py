@@ -106,6 +106,22 @@ class TestRefused:
         model.model.layers[1].mlp.forward = lambda hidden_states: hidden_states
         self.refused(model, r"forward of model\.layers\.1\.mlp was replaced .*use_kernels=False")
 
+    def test_experts_whose_forward_was_replaced(self) -> None:
+        model = build()
+        model.model.layers[1].mlp.experts.forward = lambda *args: args[0]
+        self.refused(model, r"forward of model\.layers\.1\.mlp\.experts was replaced")
+
+    @pytest.mark.parametrize("value", [0.25, 64, "12GiB"], ids=["share", "count", "size"])
+    def test_slots_in_the_place_of_the_configuration(self, value: Any) -> None:
+        message = f"config must be a promoe_triton.Config, got {value!r}; .* write slots={value!r}"
+        model = build()
+        before = state_of(model)
+        with pytest.raises(TypeError, match=message):
+            promoe_triton.patch(model, value)
+        with pytest.raises(TypeError, match=message):
+            promoe_triton.from_pretrained("no/such/model", value)
+        assert state_of(model) == before
+
     def test_a_part_of_a_patched_model(self, patched: Any) -> None:
         self.refused(patched.model, "patched already")
 
@@ -434,6 +450,16 @@ class TestWeights:
 
 
 class TestCopies:
+    def test_no_shallow_copy(self, patched: Any, expected: list[int]) -> None:
+        with pytest.raises(PromoeError, match=r"cannot be copied shallowly.* use copy\.deepcopy"):
+            copy.copy(patched)
+        assert tokens(patched) == expected
+
+    def test_no_move_to_meta(self, patched: Any, expected: list[int]) -> None:
+        with pytest.raises(PromoeError, match="cannot be moved to meta"):
+            patched.to("meta")
+        assert tokens(patched) == expected
+
     @pytest.mark.parametrize("slots", [3, 12], ids=["slots", "resident"])
     def test_deepcopy_is_independent(self, slots: int, expected: list[int], tmp_path: Path) -> None:
         model = promoe_triton.patch(build(), slots=slots, store="spool", spool_dir=tmp_path)
@@ -912,7 +938,70 @@ class TestFromPretrained:
         assert model.config._attn_implementation == "eager"
         assert torch.equal(logits(model), logits(want))
 
-    @pytest.mark.parametrize("option", ["device_map", "quantization_config", "tp_plan"])
+    def test_access_options_reach_every_look_at_the_checkpoint(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from transformers import AutoConfig
+
+        from promoe_triton import loading
+
+        seen: dict[str, dict[str, Any]] = {}
+
+        def note(owner: Any, attribute: str, name: str) -> None:
+            original = getattr(owner, attribute)
+
+            def noting(*args: Any, **options: Any) -> Any:
+                seen[name] = options.copy()
+                return original(*args, **options)
+
+            monkeypatch.setattr(owner, attribute, noting)
+
+        note(AutoConfig, "from_pretrained", "configuration")
+        note(loading, "resolve_files", "files")
+        note(type(build()), "from_pretrained", "dense part")
+        promoe_triton.from_pretrained(str(folder), slots=4, token="secret", trust_remote_code=True)
+        assert {name for name, options in seen.items() if options["token"] == "secret"} == set(seen)
+        assert {name for name, options in seen.items() if options.get("trust_remote_code")} == set(seen) - {"files"}
+        assert set(seen) == {"configuration", "files", "dense part"}
+
+    def test_code_of_the_checkpoint_runs_only_if_trusted(self, folder: Path) -> None:
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Moe"}}
+        (folder / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(PromoeError, match="trust_remote_code=True"):
+            promoe_triton.from_pretrained(str(folder), slots=4, trust_remote_code=False)
+
+    @pytest.mark.parametrize("slots", [4, None], ids=["few", "all"])
+    def test_a_configuration_of_transformers(self, slots: int | None, folder: Path) -> None:
+        configuration = build().config
+        configuration.num_experts_per_tok = 1
+        before = configuration.to_dict()
+        want = type(build()).from_pretrained(folder, config=configuration)
+        got = promoe_triton.from_pretrained(str(folder), config=configuration, slots=slots)
+        assert torch.equal(logits(got), logits(want))
+        assert not torch.equal(logits(got), logits(build()))
+        assert configuration.to_dict() == before
+
+    @pytest.mark.parametrize("what", ["missing", "file", "configuration", "empty folder"])
+    def test_no_checkpoint(self, what: str, folder: Path) -> None:
+        path = folder / {"missing": "nowhere", "file": "model.safetensors", "configuration": "config.json"}.get(what, "e")
+        if what == "empty folder":
+            path.mkdir()
+        with pytest.raises(PromoeError, match=rf"{path} is no checkpoint: expected a folder with a config\.json"):
+            promoe_triton.from_pretrained(str(path), slots=4)
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            "device_map",
+            "quantization_config",
+            "gguf_file",
+            "tp_plan",
+            "variant",
+            "state_dict",
+            "output_loading_info",
+        ],
+    )
     def test_unsupported_options(self, option: str, folder: Path) -> None:
         with pytest.raises(PromoeError, match=f"does not support {option} yet; leave it out"):
             promoe_triton.from_pretrained(str(folder), slots=4, **{option: "auto"})

@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from promoe_triton import ops
 from promoe_triton.budget import Budget, LayerNeed, available_memory, plan_slots
-from promoe_triton.config import Config, format_size, parse_size
+from promoe_triton.config import Config, configured, format_size, parse_size
 from promoe_triton.counters import Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layer import ProMoEExperts, patched_class
@@ -68,6 +67,11 @@ class PatchedModel(nn.Module):
         if copied.link is not None and copied.config.warm:
             copied.warm()
         return twin
+
+    def __copy__(self) -> nn.Module:
+        raise PromoeError(
+            "a patched model cannot be copied shallowly, as two models would share its slots; use copy.deepcopy"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise PromoeError("a patched model cannot be pickled; use save_pretrained, or unpatch it first")
@@ -125,12 +129,12 @@ def find_experts(model: nn.Module) -> dict[str, ExpertLayout]:
         layout = describe(module)
         if layout is not None:
             found[path] = layout
-            block = path.rpartition(".")[0]
-            if "forward" in vars(model.get_submodule(block)):
-                raise PromoeError(
-                    f"the forward of {block or 'the model'} was replaced (by a kernel of the hub?), and may not call "
-                    "its experts any more; load the model with use_kernels=False"
-                )
+            for place in (path, path.rpartition(".")[0]):
+                if "forward" in vars(model.get_submodule(place)):
+                    raise PromoeError(
+                        f"the forward of {place or 'the model'} was replaced (by a kernel of the hub?), and may not "
+                        "compute what its experts do any more; load the model with use_kernels=False"
+                    )
     if not found:
         raise PromoeError(
             f"{type(model).__name__} has no MoE experts that promoe_triton knows: nothing was patched. Is it a "
@@ -152,7 +156,7 @@ def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
     Raises PromoeError where the model cannot be patched (no MoE, patched already, in training, quantised, too
     little memory), ValueError or TypeError for options that make no sense. Nothing has changed after an error.
     """
-    config = replace(config or Config(), **options)
+    config = configured(config, options)
     check_patchable(model)
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
