@@ -984,7 +984,9 @@ class TestFromPretrained:
 
     @pytest.mark.parametrize("what", ["missing", "file", "configuration", "empty folder"])
     def test_no_checkpoint(self, what: str, folder: Path) -> None:
-        path = folder / {"missing": "nowhere", "file": "model.safetensors", "configuration": "config.json"}.get(what, "e")
+        path = folder / {"missing": "nowhere", "file": "model.safetensors", "configuration": "config.json"}.get(
+            what, "e"
+        )
         if what == "empty folder":
             path.mkdir()
         with pytest.raises(PromoeError, match=rf"{path} is no checkpoint: expected a folder with a config\.json"):
