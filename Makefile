@@ -7,9 +7,12 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 
-# Only a PROMPT given to make itself: shells and systems know an environment variable of that name.
+# Only a PROMPT given to make itself: shells and systems know an environment variable of that name. An empty one is
+# passed on, and refused.
 ifeq ($(origin PROMPT),command line)
 export DEMO_PROMPT := $(value PROMPT)
+else
+unexport DEMO_PROMPT
 endif
 ARGS ?=
 
@@ -23,10 +26,10 @@ help:  ## List the verbs
 install: $(INSTALLED)  ## Make the virtual environment (the other verbs do so themselves)
 
 demo: $(INSTALLED)  ## Run the packaged model from disk: make demo PROMPT="..." ARGS="--slots 0.5"
-	@$(VENV)/bin/promoe-triton demo $(ARGS) $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
+	@$(VENV)/bin/promoe-triton demo $(ARGS) $${DEMO_PROMPT+-- "$$DEMO_PROMPT"}
 
 demo-large: $(INSTALLED)  ## The same model with experts of 9.4 MB; ARGS="--times-ram 1.25": larger than the RAM
-	@$(VENV)/bin/promoe-triton demo --large $(ARGS) $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
+	@$(VENV)/bin/promoe-triton demo --large $(ARGS) $${DEMO_PROMPT+-- "$$DEMO_PROMPT"}
 
 test: $(INSTALLED)  ## Run the tests that are not marked slow
 	$(PYTHON) -m pytest -m "not slow" $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from promoe_triton.cli.output import readable_logging
 from promoe_triton.demo import MODEL, cache, comparison, inflate
 from promoe_triton.errors import PromoeError
 
+ROOT = Path(__file__).parent.parent
 LAYERS, EXPERTS, HIDDEN, WIDTH = 2, 8, 32, 24
 EXPERT_BYTES = 3 * HIDDEN * WIDTH * 2
 PROMPT = "the cat sat"
@@ -223,6 +225,87 @@ def test_interrupt_ends_with_130(model: Path, monkeypatch: pytest.MonkeyPatch) -
     result = call("generate", model, "--prompt", PROMPT)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "error: interrupted"
+
+
+def test_interrupt_during_imports(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "from promoe_triton_command import main; main()", "--version"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "demo"])
+def test_prompts_that_are_not_utf_8(command: str, model: Path) -> None:
+    prompt = os.fsdecode(b"caf\xe9")
+    options = ["demo", prompt] if command == "demo" else ["generate", model, "--prompt", prompt]
+    result = call(*options)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "is not UTF-8 text, from character 3 on" in result.stderr
+
+
+def test_a_prompt_longer_than_the_model_is_made_for(model: Path) -> None:
+    fits, exceeds = (call("generate", model, "-p", "z" * n, "--max-new-tokens", 1) for n in (128, 129))
+    assert fits.exit_code == exceeds.exit_code == 0
+    assert "warning" not in fits.stderr
+    assert "warning: the prompt has 129 tokens, but the model is made for 128 at most" in exceeds.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("argument", "passed"),
+    [
+        pytest.param(["PROMPT="], ["--", ""], id="empty"),
+        pytest.param(['PROMPT=a "b" $c'], ["--", 'a "b" $c'], id="quotes"),
+        pytest.param([], [], id="absent"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["demo", "demo-large"])
+def test_make_passes_the_prompt_on(verb: str, argument: list[str], passed: list[str], tmp_path: Path) -> None:
+    """An empty one too, which the command refuses."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "promoe-triton").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    for file in (programs / "promoe-triton", programs / "python"):
+        file.touch()
+        file.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    done = subprocess.run(
+        ["make", "--no-print-directory", verb, f"VENV={tmp_path}", *argument],
+        cwd=ROOT,
+        env=os.environ | {"PROMPT": "$P$G", "DEMO_PROMPT": "from elsewhere"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    first = ["demo"] if verb == "demo" else ["demo", "--large"]
+    assert done.stdout.splitlines() == [*first, *passed], done.stderr
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
+def test_inspect_may_fetch_the_configuration_of_a_hub_id(
+    offline: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but the configuration, and not where transformers is told to stay offline."""
+    asked: list[dict[str, Any]] = []
+
+    def fetch(name: str, **options: Any) -> Any:
+        asked.append(options)
+        if offline:
+            raise OSError("couldn't find it in the cached files")
+        return Qwen3MoeConfig.from_pretrained(model)
+
+    monkeypatch.setattr("promoe_triton.loading.AutoConfig.from_pretrained", fetch)
+    result = call("inspect", "some-one/tiny-moe")
+    assert asked == [{}]
+    assert result.exit_code == int(offline)
+    assert ("no checkpoint here" in result.stdout) is not offline
 
 
 def test_warnings_are_lines(capsys: pytest.CaptureFixture[str]) -> None:

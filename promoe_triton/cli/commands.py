@@ -72,5 +72,5 @@ app.command()(inspect)
 
 
 def main() -> None:
-    """Run the command line; the entry point `promoe-triton`."""
+    """Run the command line."""
     app(prog_name="promoe-triton")

@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 import promoe_triton
-from promoe_triton.cli.generation import Generated, Sampling, encode, load_tokenizer, parse_slots, run
+from promoe_triton.cli.generation import Generated, Sampling, check_text, encode, load_tokenizer, parse_slots, run
 from promoe_triton.cli.output import bytes_progress, print_json, print_pairs, working
 from promoe_triton.config import Config, format_size
 from promoe_triton.demo import MODEL
@@ -58,6 +58,7 @@ def demo(
     """
     config = Config(slots=parse_slots(slots), io=io)  # type: ignore[arg-type]  # Config checks io
     sampling = Sampling(temperature=temperature, seed=seed)
+    check_text(prompt, "the prompt")
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text, or leave the argument out")
     if not (model / "config.json").exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import promoe_triton
 from promoe_triton.config import Slots, format_size
 from promoe_triton.counters import Stats
 from promoe_triton.errors import PromoeError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -127,9 +130,18 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         prompt = prompt.removesuffix("\n")
     else:
         where = "--prompt"
+    check_text(prompt, where)
     if not prompt.strip():
         raise ValueError(f"the prompt is empty ({where}): give some text with --prompt, --file or on stdin")
     return prompt
+
+
+def check_text(prompt: str, where: str) -> None:
+    """Raise ValueError where a prompt was not UTF-8: Python stands surrogates for what it cannot decode."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text, from character {error.start} on") from error
 
 
 def check_exists(name: str) -> None:
@@ -167,10 +179,21 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool) -> Tensor:
     return ids.long()
 
 
+def _warn_of_length(model: Any, tokens: int) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and tokens > longest:
+        logger.warning(
+            "the prompt has %d tokens, but the model is made for %d at most: expect no sense of what follows",
+            tokens,
+            longest,
+        )
+
+
 def run(
     model: Any, tokenizer: Any, prompt: Tensor, *, max_new_tokens: int, sampling: Sampling, stream: bool
 ) -> Generated:
     """Generate with a patched model, printing the text as it comes if `stream`."""
+    _warn_of_length(model, prompt.shape[1])
     filling = promoe_triton.stats(model).bytes_read
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from promoe_triton.budget import LayerNeed, available_memory, plan_slots
 from promoe_triton.cli.generation import check_exists
 from promoe_triton.errors import PromoeError
-from promoe_triton.loading import room_for_context, skeleton_of
+from promoe_triton.loading import read_configuration, room_for_context, skeleton_of
 from promoe_triton.patch._swap import checkpoint_store, find_experts
 from promoe_triton.protocols import round_up
 from promoe_triton.stores.resolve import resolve_files
@@ -64,11 +63,12 @@ class Needs:
 
 
 def model_needs(name: str, dtype: str = "auto") -> Needs:
-    """Return the needs of a checkpoint folder, a config.json or a hub id in the local cache.
+    """Return the needs of a checkpoint folder, a config.json or a hub id, of which no weights are fetched.
 
     Raises PromoeError where there is no configuration, or the model has no experts that can be patched.
     """
-    configuration = _configuration(name)
+    check_exists(name)
+    configuration = read_configuration(name)
     if dtype != "auto":
         configuration.dtype = getattr(torch, dtype)
     model = skeleton_of(name, {"config": configuration})
@@ -104,16 +104,6 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
         store=place,
         choices=tuple(_choice(share, layer_needs, dense + context, free) for share in SHARES),
     )
-
-
-def _configuration(name: str) -> Any:
-    check_exists(name)
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise PromoeError(
-            f"{name} has no configuration that transformers can read (a hub id must be in the local cache): {error}"
-        ) from error
 
 
 def _choice(share: float, needs: Sequence[LayerNeed], beside: int, free: int) -> Choice:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.utils import logging as hub_logging
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -36,19 +35,19 @@ class Lines(logging.Handler):
 @contextmanager
 def readable_logging(verbose: bool) -> Iterator[None]:
     """Show what the package logs; messages of transformers and the hub too if `verbose`, else their errors only."""
-    logger, handler = logging.getLogger("promoe_triton"), Lines()
-    before = logger.level, transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    logger, hub, handler = logging.getLogger("promoe_triton"), logging.getLogger("huggingface_hub"), Lines()
+    before = logger.level, transformers_logging.get_verbosity(), hub.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     transformers_logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
-    hub_logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+    hub.setLevel(logging.INFO if verbose else logging.ERROR)
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         transformers_logging.set_verbosity(before[1])
-        hub_logging.set_verbosity(before[2])
+        hub.setLevel(before[2])
 
 
 def print_json(value: Any) -> None:
