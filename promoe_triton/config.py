@@ -114,7 +114,7 @@ class Config:
         return parse_size(self.chunk) if isinstance(self.chunk, str) else self.chunk
 
 
-def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
+def configured(config: object, options: Mapping[str, Any]) -> Config:
     """Return `config` (None: the defaults) with some fields overridden. Raises TypeError where it is something else."""
     if config is None:
         config = Config()

@@ -14,9 +14,7 @@ from promoe_triton.config import format_size
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a config.json, or a hub id.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a config.json, or a hub id.")],
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
