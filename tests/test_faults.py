@@ -30,6 +30,8 @@ from zoo import FAMILIES
 import promoe_triton
 from promoe_triton import Config, PromoeError
 from promoe_triton.backends.torch import Grouped
+from promoe_triton.links import disk as links_disk
+from promoe_triton.links.disk import CLOSE_SECONDS
 from promoe_triton.stores import safetensors_files
 
 ROOT = Path(__file__).parent.parent
@@ -566,9 +568,34 @@ class TestStalls:
         for thread in readers():
             join(thread, 30)
         assert len(waits) == Config().depth
-        assert all(timeout is not None and timeout < 60 for timeout in waits)
+        assert all(timeout is not None and timeout <= CLOSE_SECONDS for timeout in waits)
         with pytest.raises(PromoeError):
             logits(model)
+
+    def test_all_threads_together_have_a_bounded_time_to_end(
+        self, folder: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = load(folder, io_timeout=0.2, depth=4)
+        monkeypatch.setattr(links_disk, "CLOSE_SECONDS", 0.2)
+        with self.stalled(disk):
+            with pytest.raises(PromoeError, match="no byte arrived"):
+                logits(model)
+            waits: list[float] = []
+            join = threading.Thread.join
+
+            def timed(thread: threading.Thread, timeout: float | None = None) -> None:
+                assert timeout is not None
+                waits.append(timeout)
+                join(thread, timeout)
+
+            with monkeypatch.context() as context:
+                context.setattr(threading.Thread, "join", timed)
+                model._promoe_runtime.close()
+            assert len(waits) == 4
+            assert 0.0 < waits[0] <= 0.2
+            assert waits[-1] < waits[0], "what the first has taken is not there for the last"
+        for thread in readers():
+            thread.join(30)
 
     def test_a_second_forward_waits_a_bounded_time(self, folder: Path, disk: Disk, want: Tensor) -> None:
         model = load(folder, lock_timeout=0.1, io_timeout=60.0)

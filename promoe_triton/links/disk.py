@@ -20,6 +20,9 @@ from promoe_triton.stores.reader import FileReader
 
 R = TypeVar("R")
 
+CLOSE_SECONDS = 10.0
+"""How long closing waits for all reading threads together; one that hangs in a read ends after that read."""
+
 
 @dataclass(slots=True)
 class _Shared:
@@ -255,7 +258,8 @@ def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
         shared.closed = True
         shared.feed = None  # which knows how to cut what is in this store, and so would keep it
         shared.work.notify_all()
+    deadline = time.monotonic() + CLOSE_SECONDS
     for thread in threads:
         if thread is not threading.current_thread():
-            thread.join(timeout=10.0)
+            thread.join(timeout=max(deadline - time.monotonic(), 0.0))
     shared.reader.close()
