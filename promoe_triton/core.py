@@ -167,6 +167,10 @@ class Core:
     def next_chunk(self, budget: int, speculative_budget: int | None = None) -> Chunk | None:
         return self.queue.next_chunk(budget, speculative_budget, self._start)
 
+    @property
+    def backlog(self) -> int:
+        return self.queue.backlog
+
     def landed(self, chunk: Chunk) -> bool:
         complete = self.queue.landed(chunk)
         self._settle(chunk.transfer)

@@ -136,6 +136,11 @@ class Feed(Protocol):
         """
         ...
 
+    @property
+    def backlog(self) -> int:
+        """How many transfers have bytes that were not handed out yet."""
+        ...
+
     def landed(self, chunk: Chunk) -> bool:
         """Note that the chunk's bytes are in the slot; True where the transfer is complete with it.
 

@@ -29,6 +29,10 @@ class _Progress:
         return self.ends[-1]
 
 
+def _urgency(item: tuple[Transfer, _Progress]) -> tuple[int, int]:
+    return item[1].rank, item[1].order
+
+
 class TransferQueue:
     """A feed of chunks: the lowest rank first, first come, first served among equals.
 
@@ -49,6 +53,11 @@ class TransferQueue:
         """All transfers known, in the order they came."""
         return iter(self._progress)
 
+    @property
+    def backlog(self) -> int:
+        """How many transfers have bytes that were not handed out yet."""
+        return len(self._waiting)
+
     def push(self, transfer: Transfer, ends: Sequence[int], rank: int = URGENT, whole: bool = False) -> None:
         """Queue a transfer of so many bytes as its last end says.
 
@@ -65,7 +74,10 @@ class TransferQueue:
 
         start: takes a slot for a transfer of some rank whose first chunk comes next; False where there is none now.
         """
-        for transfer, progress in sorted(self._waiting.items(), key=lambda item: (item[1].rank, item[1].order)):
+        waiting = list(self._waiting.items())
+        if len(waiting) > 1:
+            waiting.sort(key=_urgency)
+        for transfer, progress in waiting:
             if progress.cursor or start(transfer, progress.rank):
                 if progress.rank != URGENT and speculative_budget is not None:
                     budget = min(budget, speculative_budget)

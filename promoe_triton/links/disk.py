@@ -109,7 +109,8 @@ class DiskLink:
             shared.torn = True
             result = event()
             shared.torn = False
-            shared.work.notify_all()
+            if shared.feed is not None:
+                shared.work.notify(shared.feed.backlog)
         return result
 
     def wait(self, transfers: Sequence[Transfer]) -> Transfer:
@@ -169,20 +170,25 @@ def _name(transfer: Transfer) -> str:
 
 
 def _work(shared: _Shared) -> None:
-    while (chunk := _next(shared)) is not None:
-        error = None
+    chunk = None
+    while (chunk := _next(shared, chunk)) is not None:
         try:
-            complete = _copied(shared, chunk)
-            if complete:
+            if _copied(shared, chunk):
                 _finish(shared, chunk.transfer)
-        except BaseException as caught:
-            error = caught
-        _settle(shared, chunk, error)
+        except BaseException as error:
+            with shared.settled:
+                if shared.feed is not None and not shared.torn:
+                    shared.feed.failed(chunk, error)
+                shared.settled.notify_all()
 
 
-def _next(shared: _Shared) -> Chunk | None:
-    """Wait for the next chunk; None when the link closes."""
+def _next(shared: _Shared, done: Chunk | None) -> Chunk | None:
+    """Note that nothing of the last chunk is in flight any more, and wait for the next; None when the link closes."""
     with shared.work:
+        if done is not None:
+            shared.in_flight -= 1
+            if shared.torn:
+                shared.settled.notify_all()
         while not shared.closed:
             if shared.feed is not None and not shared.torn:
                 chunk = shared.feed.next_chunk(shared.chunk_bytes)
@@ -199,18 +205,6 @@ def _copied(shared: _Shared, chunk: Chunk) -> bool:
     with shared.settled:
         shared.bytes_moved += moved
         return shared.feed is not None and not shared.torn and shared.feed.landed(chunk)
-
-
-def _settle(shared: _Shared, chunk: Chunk, error: BaseException | None) -> None:
-    """Note that nothing of this chunk is in flight any more."""
-    with shared.settled:
-        shared.in_flight -= 1
-        if error is not None and shared.feed is not None and not shared.torn:
-            shared.feed.failed(chunk, error)
-        # A slot may be free now that somebody could not have before.
-        shared.work.notify()
-        if error is not None or shared.torn:
-            shared.settled.notify_all()
 
 
 def _copy(shared: _Shared, chunk: Chunk) -> int:
