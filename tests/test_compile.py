@@ -71,12 +71,13 @@ def test_regional_compile_of_sixteen_layers_makes_one_graph() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("slots", SLOTS)
-def test_generate_with_a_static_cache(slots: str) -> None:
+def test_generate_with_a_static_cache(slots: str, backend: str) -> None:
     model = build()
     want = model.generate(IDS, max_new_tokens=5, do_sample=False)
     promoe_triton.patch(model, slots=SLOTS[slots], store="spool")
-    settings = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    settings = CompileConfig(fullgraph=True, backend=backend, mode=None)
     settings._compile_all_devices = True
     got = model.generate(IDS, max_new_tokens=5, do_sample=False, cache_implementation="static", compile_config=settings)
     assert torch.equal(got, want)
