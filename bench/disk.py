@@ -2,10 +2,10 @@
 
 Plain: os.preadv with O_DIRECT, one chunk after another through the checkpoint, over chunk sizes and numbers of
 threads, into memory as large as the product's slots; and, named so, into the same few small buffers again and
-again, which stay in the processor's cache: faster than any reader that keeps what it reads. Product: the core and
-DiskLink asked for random distinct experts, as many on their way as a token asks for; only the experts' own bytes
-count. Direct reads leave the page cache out of it. All take turns, with the processor idle and with a thread that
-streams matrix-vector products.
+again, which stay in the processor's cache: faster than any reader that keeps what it reads. And the ranges of random
+experts, by bare threads that do nothing else. Product: the core and DiskLink asked for random distinct experts, as
+many on their way as a token asks for; only the experts' own bytes count. Direct reads leave the page cache out of it.
+All take turns, with the processor idle and with a thread that streams matrix-vector products.
 """
 
 from __future__ import annotations
@@ -88,30 +88,63 @@ def plain(files: Sequence[Path], reading: Reading, nbytes: int, room: int = 0) -
     chunk = max(reading.chunk, HUGE_PAGE)
     memory = SlotMemory(max(reading.depth, room // chunk), chunk)
     memory.view[:] = bytes(len(memory.view))
-    turn = itertools.count()
-
-    def read() -> None:
-        while (index := next(turn)) < len(wanted):
-            file, offset = wanted[index]
-            start = index % memory.slots * memory.slot_bytes
-            assert os.preadv(handles[file], [memory.view[start : start + reading.chunk]], offset) == reading.chunk
-
-    threads = [threading.Thread(target=read) for _ in range(reading.depth)]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    spent = time.perf_counter() - began
+    chunks = [
+        (handles[file], offset, index % memory.slots * memory.slot_bytes, reading.chunk)
+        for index, (file, offset) in enumerate(wanted)
+    ]
+    spent = read_all(chunks, memory, reading.depth)
     for handle in handles.values():
         os.close(handle)
     return len(wanted) * reading.chunk / spent / 1e9
 
 
+def ranges(store: CheckpointStore, memory: SlotMemory, shape: Shape, depth: int, nbytes: int) -> float:
+    """Read the ranges of random distinct experts, each in one piece, and do nothing else; return GB/s."""
+    wanted = random_experts(shape, nbytes)
+    handles = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file in store.files}
+    chunks = [
+        (
+            handles[extent.file],
+            extent.offset,
+            index % memory.slots * memory.slot_bytes + extent.slot_offset,
+            extent.nbytes,
+        )
+        for index, key in enumerate(wanted)
+        for extent in store.image(key, direct=True).extents
+    ]
+    spent = read_all(chunks, memory, depth)
+    for handle in handles.values():
+        os.close(handle)
+    return len(wanted) * shape.expert_bytes / spent / 1e9
+
+
+def read_all(chunks: Sequence[tuple[int, int, int, int]], memory: SlotMemory, depth: int) -> float:
+    """Read (handle, offset, place in memory, bytes) by so many threads; return the seconds it took."""
+    turn = itertools.count()
+
+    def read() -> None:
+        while (index := next(turn)) < len(chunks):
+            handle, offset, start, nbytes = chunks[index]
+            os.preadv(handle, [memory.view[start : start + nbytes]], offset)
+
+    threads = [threading.Thread(target=read) for _ in range(depth)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began
+
+
+def random_experts(shape: Shape, nbytes: int) -> list[ExpertKey]:
+    """Return distinct experts of `nbytes` in all."""
+    keys = [ExpertKey(layer, expert) for layer in range(shape.layers) for expert in range(shape.experts)]
+    return random.sample(keys, min(max(nbytes // shape.expert_bytes, 1), len(keys)))
+
+
 def product(store: CheckpointStore, memory: SlotMemory, shape: Shape, reading: Reading, nbytes: int) -> float:
     """Fetch random distinct experts of `nbytes` in all through the product's link; return GB/s."""
-    keys = [ExpertKey(layer, expert) for layer in range(shape.layers) for expert in range(shape.experts)]
-    wanted = random.sample(keys, min(max(nbytes // shape.expert_bytes, 1), len(keys)))
+    wanted = random_experts(shape, nbytes)
     link = DiskLink(
         store,
         [memory] * shape.layers,
@@ -199,6 +232,8 @@ def measure(shape: Shape, folder: Path, busy: bool, nbytes: int, repeats: int) -
     runs: dict[str, Callable[[], float]] = {n: partial(plain, files, r, nbytes, room) for r, n in plains.items()}
     runs |= {n: partial(plain, files, r, nbytes) for r, n in small.items()}
     runs |= {n: partial(product, store, memory, shape, r, nbytes) for r, n in ours.items()}
+    bare = f"preadv of the experts' ranges x {default.depth}"
+    runs[bare] = partial(ranges, store, memory, shape, default.depth, nbytes)
     if busy:
         runs["no reads"] = pause
     loads = {name: Load(spent=[], done=[]) for name in runs}
@@ -219,6 +254,10 @@ def measure(shape: Shape, folder: Path, busy: bool, nbytes: int, repeats: int) -
     shares = ratios(taken[chosen], taken[cached])
     note = f"{chosen} over {cached}"
     rows.append(record.row(case, "default link / best preadv, small buffers", "share", "x", shares, note=note))
+    note = f"{chosen} over {bare}"
+    rows.append(
+        record.row(case, "default link / the same ranges", "share", "x", ratios(taken[chosen], taken[bare]), note=note)
+    )
     shares = ratios(taken[own], taken[roof])
     rows.append(record.row(case, "best link / best preadv", "share", "x", shares, note=f"{own} over {roof}"))
     if busy:
