@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, monkey_patching
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from promoe_triton.budget import available_memory
 from promoe_triton.config import Config, configured
@@ -208,26 +208,20 @@ def _without_experts(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout
     ours = {
         original.__name__: type(f"{original.__name__}Stub", (_Stub,), {"_replaces": original}) for original in originals
     }
-    theirs = monkey_patching.get_patch_mapping()
     places = [
-        (module, attribute)
+        (module, original)
         for original in originals
         for module in _transformers_modules()
-        for attribute in [original.__name__]
-        if getattr(module, attribute, None) is original
+        if vars(module).get(original.__name__) is original  # asking a lazy module would import what it stands for
     ]
-    silenced = _ignore_unexpected(type(skeleton), found)
     try:
-        monkey_patching.register_patch_mapping(ours, overwrite=True)
-        with silenced:
+        for module, original in places:
+            setattr(module, original.__name__, ours[original.__name__])
+        with _ignore_unexpected(type(skeleton), found):
             yield
     finally:
-        monkey_patching.clear_patch_mapping()
-        monkey_patching.register_patch_mapping(theirs)
-        for module, attribute in places:
-            # transformers does not undo its replacement when loading fails.
-            original = next(o for o in originals if o.__name__ == attribute)
-            setattr(module, attribute, original)
+        for module, original in places:
+            setattr(module, original.__name__, original)
 
 
 def _transformers_modules() -> list[Any]:

@@ -190,9 +190,8 @@ class Grouped(_Placed):
         self._row_operands: dict[str, list[Any]] = {}
         # act(gate) * up: known to be that, it can be computed in place of the same two operations on a copy.
         kind: Any = type(experts)
-        self._usual_gate = (
-            bool(experts.has_gate) and kind._apply_gate is _default_apply_gate and not experts.has_post_expert_norm
-        )
+        self._norm: Any = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+        self._usual_gate = bool(experts.has_gate) and kind._apply_gate is _default_apply_gate and self._norm is None
         activation: Any = getattr(experts, "act_fn", None)
         # The function itself, where it is known: calling a module costs as much as activating one token's rows.
         self._activation = F.silu if isinstance(activation, nn.SiLU | SiLUActivation) else activation
@@ -304,8 +303,8 @@ class Grouped(_Placed):
             call.down_RD.mul_(call.weights_TA.t())
             return call.down_1AD.sum(dim=1)
         y_RD, weights_R1 = call.down_RD, call.weights_TA.reshape(-1, 1)
-        if self.module.has_post_expert_norm:
-            y_RD = self.module.post_expert_norm(y_RD)
+        if self._norm is not None:
+            y_RD = self._norm(y_RD)
         if call.order_R is not None:
             y_RD = torch.empty_like(y_RD).index_copy_(0, call.order_R, y_RD)
         # In place where the type stays: the array is not needed any more.

@@ -15,7 +15,8 @@ from torch import nn
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+"""What every marked experts module has. Releases before 5.20 know no norm after an expert and no expert parallelism."""
 
 REFUSED = {
     "SwitchTransformersExperts": "its experts are separate modules (ModuleDict), not stacked weights",
@@ -50,7 +51,7 @@ def describe(module: nn.Module) -> ExpertLayout | None:
 
 
 def _marked(module: Any) -> ExpertLayout:
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False):
         raise PromoeError(
             f"{type(module).__name__} runs expert parallel; that cannot be combined with slots yet. Load the "
             "model without a distributed config"
