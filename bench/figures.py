@@ -136,7 +136,8 @@ def disk(rows: Sequence[Row]) -> Figure:
 
 def draw_reads(axes: Axes, rows: Sequence[Row]) -> None:
     """Draw bandwidth over reads in flight, one line per chunk size; dashed: the target share of the best read."""
-    reads = [r for r in rows if r.metric == "bandwidth"]
+    # Those into small buffers and of the experts' ranges are in the CSV only.
+    reads = [r for r in rows if r.metric == "bandwidth" and " MiB x " in r.variant and "small" not in r.variant]
     chunks = unique([r.variant.split(" ", 1)[1].rsplit(" x ", 1)[0] for r in reads])
     shades = dict(zip(chunks, (0.35, 0.55, 0.75, 0.95), strict=False))
     for kind, cmap, style in (("preadv", "Greys", "o-"), ("link", "Blues", "s-")):
