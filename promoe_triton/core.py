@@ -14,20 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from promoe_triton.protocols import Chunk, ExpertKey, Part, Transfer
+from promoe_triton.protocols import Chunk, Cuts, ExpertKey, Part, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.transfers import URGENT, TransferQueue
 
 STREAM_BUFFERS = 2
 """Slots that experts pass through when a call needs more of them than there are slots."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cuts:
-    """How a transfer's bytes may be cut: running totals of its ranges; `whole`: not at all."""
-
-    ends: Sequence[int]
-    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +103,9 @@ class Core:
             return known
         if known is not None:
             self._drop(known)
-        return self._push(key, part, URGENT)
+        transfer = Transfer(key=key, part=part)
+        self._push(transfer, self._cuts(transfer), URGENT)
+        return transfer
 
     def ended(self, transfer: Transfer) -> bool:
         """Whether an urgent transfer has arrived, and its expert can be read, or has failed."""
@@ -144,10 +138,11 @@ class Core:
                 self.queue.promote(known, position)
             elif len(table) > 1:
                 transfer = Transfer(key=key, part=Part.WHOLE)
-                nbytes -= self._cuts(transfer).ends[-1]
+                cuts = self._cuts(transfer)
+                nbytes -= cuts.ends[-1]
                 if nbytes < 0:
                     return
-                self._push(key, Part.WHOLE, position)
+                self._push(transfer, cuts, position)
                 self._unproven.add(key)
                 self.tally.issued += 1
 
@@ -203,10 +198,8 @@ class Core:
     # How it is decided.
 
     def _advance(self, layer: int) -> None:
-        layers = len(self.tables)
-        done = (self.position - 1) // layers if self.position else 0
-        position = done * layers + layer + 1
-        self.position = position if position > self.position else position + layers
+        now = self.position_of(layer, 0)
+        self.position = now if now > self.position else self.position_of(layer, 1)
 
     def _drop_stale(self, layer: int, needed: Collection[ExpertKey]) -> None:
         """Early preemption (paper, section on prefetching): what this layer was expected to need and does not."""
@@ -226,11 +219,9 @@ class Core:
         known = self._on_way.get(key)
         return self.queue.begun(known) if known is not None else 0
 
-    def _push(self, key: ExpertKey, part: Part, rank: int) -> Transfer:
-        transfer = self._on_way[key] = Transfer(key=key, part=part)
-        cuts = self._cuts(transfer)
+    def _push(self, transfer: Transfer, cuts: Cuts, rank: int) -> None:
+        self._on_way[transfer.key] = transfer
         self.queue.push(transfer, cuts.ends, rank, cuts.whole)
-        return transfer
 
     def _drop(self, transfer: Transfer) -> None:
         self.queue.stop(transfer)
@@ -242,10 +233,6 @@ class Core:
             return
         if transfer in self.queue.errors and self.queue.rank(transfer) == URGENT:
             return  # its error has yet to be told
-        self.forget(transfer)
-
-    def forget(self, transfer: Transfer) -> None:
-        """Let go of a settled transfer that is not complete."""
         self.queue.forget(transfer)
         if transfer.slot >= 0:
             self.tables[transfer.key.layer].drop(transfer.key)

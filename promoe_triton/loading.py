@@ -138,14 +138,13 @@ def read_configuration(name: str, options: Mapping[str, Any] | None = None) -> P
 def skeleton_of(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """Return the model without any weights, in the class the checkpoint names and the dtype the options ask for."""
     taken = {*_FILE_OPTIONS, "trust_remote_code", "code_revision"}
-    configuration = copy.deepcopy(options.get("config"))
+    configuration = copy.deepcopy(options.get("config"))  # transformers writes the dtype into it
     if configuration is None:
         configuration = read_configuration(name, {k: v for k, v in options.items() if k in taken})
     # Before transformers asks for the packages that a quantised model would need.
     refuse_quantised(configuration)
     dtype = options.get("dtype") or options.get("torch_dtype")
     asked = {"dtype": dtype} if isinstance(dtype, str | torch.dtype) and dtype != "auto" else {}
-    configuration = copy.deepcopy(configuration)  # transformers writes the dtype into it
     architectures = getattr(configuration, "architectures", None) or [""]
     known = getattr(transformers, architectures[0], None)
     with torch.device("meta"):

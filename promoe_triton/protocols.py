@@ -115,6 +115,14 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cuts:
+    """How a transfer's bytes may be cut: running totals of its ranges; `whole`: not at all."""
+
+    ends: Sequence[int]
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """What one copy moves: bytes `begin` to `end` of a transfer, counted through its extents."""
 
@@ -170,6 +178,11 @@ class Link(Protocol):
 
     The feed is used under the link's lock only: from the link's own threads, and through `tell`.
     """
+
+    @property
+    def cuts(self) -> Callable[[Transfer], Cuts]:
+        """How the bytes of a transfer may be cut into chunks. Does not keep the link alive."""
+        ...
 
     def tell(self, event: Callable[[], R]) -> R:
         """Run what changes the feed, and look for new work."""

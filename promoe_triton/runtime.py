@@ -22,7 +22,7 @@ from promoe_triton.layout import ExpertLayout
 from promoe_triton.links.disk import DiskLink
 from promoe_triton.memory import SlotMemory
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Part, Policy, Store, Transfer
+from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Link, Part, Policy, Store, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore
@@ -112,6 +112,12 @@ class LayerRuntime:
         self.model.end_change()
         return kernels.combine(call)
 
+    def place(self, key: ExpertKey) -> None:
+        """Let the kernels know where an expert lies, if it has arrived since they last looked."""
+        tensors = self.model.open_link().arrival(key)
+        if tensors is not None:
+            self.kernels.place(key.expert, tensors)
+
     def check_resident(self) -> None:
         """Note when every expert has a slot of its own: from then on nothing can leave."""
         table = self.table
@@ -132,7 +138,7 @@ class Waves:
         self._needs, self._pending = self._link.tell(lambda: self._gate(experts))
         self._kept = [key.expert for key in (*self._needs.resident, *self._needs.missing)]
         for key in self._needs.resident:
-            self._place(key)
+            layer.place(key)
         counters = layer.model.counters
         counters.hits += len(self._needs.resident)
         counters.misses += len(experts) - len(self._needs.resident)
@@ -168,17 +174,11 @@ class Waves:
             self._layer.model.counters.stall_seconds += time.perf_counter() - began
             pending.remove(transfer)
             key = transfer.key
-            self._place(key)
+            self._layer.place(key)
             yield [key.expert]
             if transfer.part != Part.WHOLE:
                 self._layer.kernels.remove(key.expert)
                 self._link.tell(lambda key=key: self._core.discard(key))  # type: ignore[misc]
-
-    def _place(self, key: ExpertKey) -> None:
-        """Let the kernels know where an expert lies, if it has arrived since they last looked."""
-        tensors = self._link.arrival(key)
-        if tensors is not None:
-            self._layer.kernels.place(key.expert, tensors)
 
     def close(self) -> None:
         """Give all leases back."""
@@ -208,7 +208,7 @@ class ModelRuntime:
         self.originals: list[dict[str, nn.Parameter]] = []
         self._lock = threading.RLock()
         self._dirty = False
-        self.link: DiskLink | None = None
+        self.link: Link | None = None
         tables: Sequence[SlotTable | None] = [None] * len(modules)
         if isinstance(store, CheckpointStore):
             self.link = self._open_link(store)
@@ -220,7 +220,7 @@ class ModelRuntime:
             for index, (module, layout, table) in enumerate(zip(modules, layouts, tables, strict=True))
         ]
 
-    def _open_link(self, store: CheckpointStore) -> DiskLink:
+    def _open_link(self, store: CheckpointStore) -> Link:
         """Take memory for the slots, and start the link that fills them."""
         budget, specs = self.budget, store.specs
         memories: dict[ExpertSpec, SlotMemory] = {}
@@ -293,7 +293,7 @@ class ModelRuntime:
         except RuntimeError:
             pass
 
-    def open_link(self) -> DiskLink:
+    def open_link(self) -> Link:
         if self.link is None:
             raise PromoeError("this model's slots were closed by unpatch; patch it again")
         return self.link
@@ -368,8 +368,7 @@ class ModelRuntime:
     def _settle(self, transfer: Transfer) -> None:
         link, key = self.open_link(), transfer.key
         link.wait([transfer])
-        if (tensors := link.arrival(key)) is not None:
-            self.layers[key.layer].kernels.place(key.expert, tensors)
+        self.layers[key.layer].place(key)
         link.tell(lambda: self.core.release([key]))
 
     def stats(self) -> Stats:

@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from promoe_triton.core import Core, Cuts, Needs
+from promoe_triton.core import Core, Needs
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import PAGE, Chunk, ExpertKey, Part, Transfer
+from promoe_triton.protocols import PAGE, Chunk, Cuts, ExpertKey, Part, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.transfers import URGENT
 

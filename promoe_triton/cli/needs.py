@@ -14,11 +14,11 @@ from promoe_triton.cli.generation import check_exists
 from promoe_triton.errors import PromoeError
 from promoe_triton.loading import read_configuration, room_for_context, skeleton_of
 from promoe_triton.patch._swap import checkpoint_store, find_experts
+from promoe_triton.predictors.reach import ACTIVE
 from promoe_triton.protocols import round_up
 from promoe_triton.stores.resolve import resolve_files
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
-_TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ def _top_k(model: Any, paths: Sequence[str]) -> int | None:
     """Return how many experts a token gets: from the modules beside the experts, else from the configuration."""
     block = model.get_submodule(paths[0].rpartition(".")[0])
     for place in [*block.modules(), model.config.get_text_config()]:
-        for name in _TOP_K:
+        for name in ACTIVE:
             value = getattr(place, name, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value

@@ -8,17 +8,14 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from promoe_triton.core import Cuts
 from promoe_triton.errors import PromoeError
 from promoe_triton.memory import SlotMemory
-from promoe_triton.protocols import Chunk, ExpertKey, ExpertTensors, Feed, Transfer
+from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
 from promoe_triton.stores.image import SlotImage
 from promoe_triton.stores.reader import FileReader
-
-R = TypeVar("R")
 
 CLOSE_SECONDS = 10.0
 """How long closing waits for all reading threads together; one that hangs in a read ends after that read."""

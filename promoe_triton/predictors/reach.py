@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from promoe_triton.predictors.places import Place, find_place
 from promoe_triton.protocols import Prediction, Seam
 
-ACTIVE = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+ACTIVE = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 """What routers, blocks and configs call A."""
 
 
