@@ -28,6 +28,7 @@ import torch
 from models import Shape, open_store, write_random
 from timing import ratios, take_turns
 
+from promoe_triton.chunking import Chunking
 from promoe_triton.config import Config, format_size
 from promoe_triton.core import Core
 from promoe_triton.links.disk import DiskLink
@@ -150,7 +151,7 @@ def product(store: CheckpointStore, memory: SlotMemory, shape: Shape, reading: R
         [memory] * shape.layers,
         direct=True,
         depth=reading.depth,
-        chunk_bytes=reading.chunk,
+        chunking=Chunking(name="adaptive", longest=reading.chunk, latency=1e-3),
         timeout=60.0,
     )
     table = SlotTable(range(memory.slots), make_policy("lru", {}))

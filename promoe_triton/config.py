@@ -10,13 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from promoe_triton.chunking import Chunking, ChunkingName
 from promoe_triton.policies import POLICIES
+from promoe_triton.protocols import Predictor
+from promoe_triton.techniques import ABLATION, Step, Technique
 
 Slots = int | float | str | None
 Partition = Literal["auto", "layer", "global"]
 IO = Literal["auto", "buffered", "direct"]
 StoreKind = Literal["auto", "checkpoint", "spool"]
 BackendName = Literal["auto", "torch"]
+PREDICTORS = ("auto", "gate", "history", "token", "random", "none")
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -57,13 +61,27 @@ class Config:
     io: ``"direct"`` reads past the page cache, ``"buffered"`` through it; ``"auto"`` is buffered when all
         experts fit in available memory beside the slots.
     depth: reads in flight, each on its own thread.
-    chunk: bytes per read, as an int or a size with its unit; a multiple of 4096.
+    chunking: how copies are cut. ``"adaptive"``: as long as `chunk` where a layer waits for them, and of what is
+        copied ahead no more at a time than takes `latency` seconds, so that an urgent copy can overtake;
+        ``"fixed"``: `chunk` bytes; ``"tensor"``: one tensor; ``"expert"``: whole experts.
+    chunk: the most bytes of one copy, as an int or a size with its unit; a multiple of 4096.
+    latency: seconds that an urgent copy may wait for what is in flight ahead of need.
+    bandwidth: a limit on bytes per second from the store, as an int or a size with its unit (``"1.5GB/s"``), to
+        see how a slower disk would do; None: what the disk gives.
     partition: ``"layer"`` gives each layer its own equal share of the slots, ``"global"`` lets layers compete;
         ``"auto"`` is per layer unless there are fewer slots than layers.
     policy: which expert leaves when a slot is needed: ``"lru"``, ``"lfru"`` or ``"static"``.
     profile: a popularity profile (`save_profile`) that says which experts are loaded at the start and that
         ``"static"`` ranks by.
     warm: fill the slots when the model is patched, so that the first prompt finds them full.
+    predictor: what says which experts to copy ahead: ``"gate"`` (the later layer's own router, asked today),
+        ``"token"`` and ``"history"`` (tables learned while running), ``"auto"`` (the gate, and tables where it
+        cannot see), ``"random"``, ``"none"``, or a `Predictor`.
+    distance: how many layers ahead to predict, at least 1.
+    width: experts named per layer and token; None: as many as the router chooses.
+    ablation: which of the paper's techniques are on: ``"all"``, or a step of its ablation (``"static"``,
+        ``"layer"``, ``"lru"``, ``"+prefetch"``, ``"+chunks"``, ``"+preemption"``, ``"+reorder"``), or one alone
+        (``"chunks"``, ``"preemption"``, ``"reorder"``). For measuring; the output is always the same.
     backend: what computes; ``"auto"`` and ``"torch"`` are the same in this version.
     io_timeout: seconds without progress after which a read is given up with an error.
     lock_timeout: seconds a forward waits for another thread's forward through the same layer.
@@ -75,11 +93,18 @@ class Config:
     spool_dir: Path | str | None = None
     io: IO = "auto"
     depth: int = 4
+    chunking: ChunkingName = "adaptive"
     chunk: int | str = "4MiB"
+    latency: float = 1e-3
+    bandwidth: int | str | None = None
     partition: Partition = "auto"
     policy: str = "lru"
     profile: Path | str | None = None
     warm: bool = True
+    predictor: str | Predictor = "auto"
+    distance: int = 2
+    width: int | None = None
+    ablation: str = "all"
     backend: BackendName = "auto"
     io_timeout: float = 60.0
     lock_timeout: float = 600.0
@@ -94,6 +119,8 @@ class Config:
             ("partition", get_args(Partition)),
             ("policy", POLICIES),
             ("backend", get_args(BackendName)),
+            ("chunking", get_args(ChunkingName)),
+            ("ablation", tuple(ABLATION)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -103,7 +130,20 @@ class Config:
             raise ValueError(f"depth must be at least 1 read in flight, got {self.depth}")
         if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
             raise ValueError(f"chunk must be a positive multiple of 4096 bytes, got {self.chunk!r}")
-        for name in ("io_timeout", "lock_timeout"):
+        if isinstance(self.predictor, str) and self.predictor not in PREDICTORS:
+            raise ValueError(
+                f"predictor must be one of {', '.join(PREDICTORS)}, or a Predictor, got {self.predictor!r}"
+            )
+        if not isinstance(self.predictor, str) and not callable(getattr(self.predictor, "predict", None)):
+            raise TypeError(f"predictor must be a name or have a method predict, got {self.predictor!r}")
+        for name, value in (("distance", self.distance), ("width", 1 if self.width is None else self.width)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.limit is not None and self.limit <= 0:
+            raise ValueError(f"bandwidth must be positive, in bytes per second, got {self.bandwidth!r}")
+        for name in ("io_timeout", "lock_timeout", "latency"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise TypeError(f"{name} must be a number of seconds, got {getattr(self, name)!r}")
             if not 0 < getattr(self, name) <= threading.TIMEOUT_MAX:
@@ -112,6 +152,24 @@ class Config:
     @property
     def chunk_bytes(self) -> int:
         return parse_size(self.chunk) if isinstance(self.chunk, str) else self.chunk
+
+    @property
+    def limit(self) -> float | None:
+        """Bytes per second that the link may move at most."""
+        if isinstance(self.bandwidth, str):
+            return float(parse_size(self.bandwidth.removesuffix("/s")))
+        return None if self.bandwidth is None else float(self.bandwidth)
+
+    @property
+    def step(self) -> Step:
+        """What is on of the paper's techniques."""
+        return ABLATION[self.ablation]
+
+    @property
+    def cuts(self) -> Chunking:
+        """How copies are cut: whole experts, where chunks are off."""
+        name = self.chunking if Technique.CHUNKS in self.step.techniques else "expert"
+        return Chunking(name=name, longest=self.chunk_bytes, latency=self.latency)
 
 
 def configured(config: object, options: Mapping[str, Any]) -> Config:

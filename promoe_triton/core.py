@@ -11,9 +11,10 @@ they are for. Positions count layers since the start: layer l of pass p is at p 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from promoe_triton.admission import Admission, place_of
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, Part, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.transfers import URGENT, TransferQueue
@@ -38,49 +39,76 @@ class Needs:
 class Tally:
     """What became of speculation: experts copied ahead that were there in time, or were still on their way.
 
-    Every other one of the issued was wasted, or has yet to prove itself.
+    Every other one of the issued was wasted, or has yet to prove itself. copied, useful: bytes copied ahead, and
+    those of them that a layer then needed.
     """
 
     issued: int = 0
     on_time: int = 0
     late: int = 0
+    copied: int = 0
+    useful: int = 0
 
 
 class Core:
     """Slots, transfers and speculation of one model.
 
     tables: the slot table of each layer; layers may share one. cuts: how a transfer may be cut into chunks.
+    preempt: drop what a layer was expected to need, and does not, when its gate is done (early preemption).
+    reorder: ready experts come first, and stay until then; else experts are taken in the order they are given,
+        and each that is missing may push out one that comes after it.
     """
 
-    def __init__(self, tables: Sequence[SlotTable], cuts: Callable[[Transfer], Cuts]) -> None:
+    def __init__(
+        self,
+        tables: Sequence[SlotTable],
+        cuts: Callable[[Transfer], Cuts],
+        *,
+        preempt: bool = True,
+        reorder: bool = True,
+    ) -> None:
         self.tables = tables
         self.queue = TransferQueue()
+        self.admission = Admission()
         self.tally = Tally()
         self.position = 0
         self._cuts = cuts
+        self._preempt = preempt
+        self._reorder = reorder
         self._on_way: dict[ExpertKey, Transfer] = {}
         self._expected: dict[ExpertKey, int] = {}
-        self._unproven: set[ExpertKey] = set()
+        # Copied ahead and not needed yet, with the bytes that were.
+        self._unproven: dict[ExpertKey, int] = {}
+        self._cold: set[ExpertKey] = set()
 
     # What a layer tells.
 
-    def gate(self, layer: int, experts: Iterable[int]) -> Needs:
-        """Layer `layer` needs these experts now: lease those that are resident, drop what was expected in vain."""
+    def gate(self, layer: int, experts: Iterable[int], recent: Collection[int] | None = None) -> Needs:
+        """Layer `layer` needs these experts now: lease those that are resident, drop what was expected in vain.
+
+        recent: those of them that count as used (None: all); the others come last in the order of recency.
+        """
         table = self.tables[layer]
         keys = [ExpertKey(layer, expert) for expert in experts]
         self._advance(layer)
-        self._drop_stale(layer, set(keys))
+        self._settle_guesses(layer, set(keys))
         resident, missing = [], []
         for key in keys:
+            used = recent is None or key.expert in recent
             if table.is_ready(key):
-                table.lease(key)
+                table.lease(key, used)
                 resident.append(key)
-                self.tally.on_time += self._proven(key)
+                self._prove(key)
             else:
                 missing.append(key)
-                self.tally.late += self._proven(key)
-        # What is furthest on its way comes first: the order of computation is that of arrival.
-        missing.sort(key=lambda key: -self._begun(key))
+                self._prove(key)
+                if not used:
+                    self._cold.add(key)
+                if not self._reorder:
+                    table.make_room(len(missing))
+        if self._reorder:
+            # What is furthest on its way comes first: the order of computation is that of arrival.
+            missing.sort(key=lambda key: -self._begun(key))
         streamed: list[ExpertKey] = []
         kept = len(table) - len(resident)
         if kept < len(missing):
@@ -124,32 +152,47 @@ class Core:
         """An expert that passes through is not read any more, and its slot is free."""
         self.tables[key.layer].drop(key)
 
-    def predict(self, position: int, keys: Iterable[ExpertKey], nbytes: float) -> None:
-        """Speculate that these experts, most likely first, will be needed at `position`.
+    def predict(self, position: int, ranked: Sequence[ExpertKey], nbytes: float, way: Hashable = None) -> None:
+        """Speculate that these experts of a layer, most likely first, will be needed at `position`.
 
-        Resident ones count as used, so that they stay. Of the others as many are queued as fit into `nbytes`.
+        Only those that are worth it by what became of earlier guesses that came this `way`. Resident ones count as
+        used, so that they stay. Of the others so many are queued that all but the last fit into `nbytes`.
         """
-        for key in keys:
-            self._expected[key] = min(position, self._expected.get(key, position))
-            table = self.tables[key.layer]
-            if table.is_ready(key):
-                table.touch(key)
+        if not ranked:
+            return
+        layer = ranked[0].layer
+        table, worthy = self.tables[layer], self.admission.worthy(way, layer)
+        guesses, resident = [], []
+        for rank, key in enumerate(ranked):
+            place = place_of(rank, len(ranked))
+            ready = table.is_ready(key)
+            if not ready or key in self._unproven:
+                guesses.append((key.expert, place))
+            if not worthy[place]:
+                continue
+            if ready:
+                resident.append(key)
             elif (known := self._on_way.get(key)) is not None:
                 self.queue.promote(known, position)
-            elif len(table) > 1:
+            elif nbytes > 0 and len(table) > 1:
                 transfer = Transfer(key=key, part=Part.WHOLE)
                 cuts = self._cuts(transfer)
                 nbytes -= cuts.ends[-1]
-                if nbytes < 0:
-                    return
                 self._push(transfer, cuts, position)
-                self._unproven.add(key)
+                self._unproven[key] = 0
                 self.tally.issued += 1
+            else:
+                continue
+            self._expected[key] = min(position, self._expected.get(key, position))
+        for key in reversed(resident):
+            table.touch(key)
+        self.admission.guessed(way, layer, guesses)
 
     def position_of(self, layer: int, steps: int) -> int:
-        """Return the next position of `layer`, `steps` passes from now; 0: in this pass."""
+        """Return the position of `layer` `steps` passes from now; 0: in this pass, or the next if it has been."""
         done = (self.position - 1) // len(self.tables) if self.position else 0
-        return (done + steps) * len(self.tables) + layer + 1
+        position = (done + steps) * len(self.tables) + layer + 1
+        return position if position > self.position else position + len(self.tables)
 
     def queued(self, position: int) -> int:
         """Bytes that are to be copied before or for `position`."""
@@ -167,6 +210,8 @@ class Core:
         return self.queue.backlog
 
     def landed(self, chunk: Chunk) -> bool:
+        if chunk.speculative:
+            self._note_copied(chunk)
         complete = self.queue.landed(chunk)
         self._settle(chunk.transfer)
         return complete
@@ -198,22 +243,38 @@ class Core:
     # How it is decided.
 
     def _advance(self, layer: int) -> None:
-        now = self.position_of(layer, 0)
-        self.position = now if now > self.position else self.position_of(layer, 1)
+        self.position = self.position_of(layer, 0)
 
-    def _drop_stale(self, layer: int, needed: Collection[ExpertKey]) -> None:
-        """Early preemption (paper, section on prefetching): what this layer was expected to need and does not."""
+    def _settle_guesses(self, layer: int, needed: Collection[ExpertKey]) -> None:
+        """Learn from what a layer was expected to need, and drop what it does not (paper: early preemption)."""
+        self.admission.settle(layer, {key.expert for key in needed})
         for key in [k for k, position in self._expected.items() if k.layer == layer and position <= self.position]:
             del self._expected[key]
-            if key not in needed and key in self._on_way and not self.queue.complete(self._on_way[key]):
-                self._unproven.discard(key)
-                self._drop(self._on_way[key])
+            on_way = self._on_way.get(key)
+            if self._preempt and key not in needed and on_way is not None and not self.queue.complete(on_way):
+                self._unproven.pop(key, None)
+                self._drop(on_way)
 
-    def _proven(self, key: ExpertKey) -> bool:
-        """Whether `key` was speculated on and nobody has needed it before; asked once."""
-        proven = key in self._unproven
-        self._unproven.discard(key)
-        return proven
+    def _prove(self, key: ExpertKey) -> None:
+        """Count what speculation did for an expert that a layer needs now."""
+        copied = self._unproven.pop(key, None)
+        if copied is None:
+            return
+        if self.tables[key.layer].is_ready(key):
+            self.tally.on_time += 1
+        elif key in self._on_way:
+            self.tally.late += 1
+        else:
+            return  # it was copied, and has left again
+        self.tally.useful += copied
+
+    def _note_copied(self, chunk: Chunk) -> None:
+        key, nbytes = chunk.transfer.key, chunk.end - chunk.begin
+        self.tally.copied += nbytes
+        if self.queue.rank(chunk.transfer) == URGENT:
+            self.tally.useful += nbytes  # a layer has come to wait for it meanwhile
+        elif key in self._unproven:
+            self._unproven[key] += nbytes
 
     def _begun(self, key: ExpertKey) -> int:
         known = self._on_way.get(key)
@@ -245,19 +306,21 @@ class Core:
         table = self.tables[key.layer]
         if table.slot_of(key) is not None:
             return False  # bytes of a copy that was dropped are still in flight
+        cold = key in self._cold
         if rank == URGENT:
-            slot = table.admit(key, self._expected.keys())
+            slot = table.admit(key, self._expected.keys(), cold)
             if slot is None:
-                slot = table.admit(key)
+                slot = table.admit(key, cold=cold)
             if slot is None:
                 self._sacrifice(table)
-                slot = table.admit(key)
+                slot = table.admit(key, cold=cold)
         elif sum(t.slot >= 0 for t in self._speculation(table)) >= len(table) - 1:
             slot = None  # one slot is closed to speculation
         else:
             slot = table.admit(key, {k for k, position in self._expected.items() if position <= rank})
         if slot is None:
             return False
+        self._cold.discard(key)
         transfer.slot = slot
         return True
 

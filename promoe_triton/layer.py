@@ -24,6 +24,7 @@ class ProMoEExperts(nn.Module):
 
     _promoe: LayerRuntime
     _promoe_name: Tensor
+    _ids_by_token = True
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
@@ -51,7 +52,7 @@ class ProMoEExperts(nn.Module):
         try:
             layer.model.enter(layer.index)
             layer.bind(self)
-            y_TD = layer.run(layer.kernels.begin(x_TD, expert_ids_TA, weights_TA))
+            y_TD = layer.run(x_TD, expert_ids_TA, weights_TA, self._ids_by_token)
             layer.model.leave(layer.index, tokens=x_TD.shape[0])
         finally:
             layer.model.release()
@@ -126,6 +127,8 @@ class ProMoEExperts(nn.Module):
 class Llama4Experts(ProMoEExperts):
     """All experts get all tokens, scaled to zero where they were not chosen: [E * T, D] in and out."""
 
+    _ids_by_token = False
+
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         E = self._promoe.layout.experts
         hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
@@ -146,6 +149,8 @@ class DbrxExperts(ProMoEExperts):
 
 class JetMoeExperts(ProMoEExperts):
     """A single product over rows that are already grouped by expert."""
+
+    _ids_by_token = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:

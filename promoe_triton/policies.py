@@ -28,8 +28,10 @@ class LRU:
     def __init__(self) -> None:
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()
 
-    def admitted(self, key: ExpertKey) -> None:
+    def admitted(self, key: ExpertKey, cold: bool = False) -> None:
         self._order[key] = None
+        if cold:
+            self._order.move_to_end(key, last=False)
 
     def used(self, key: ExpertKey) -> None:
         self._order.move_to_end(key)
@@ -58,8 +60,10 @@ class LFRU:
         self._uses[key] = self._uses.get(key, 0) + 1
         self._last[key] = self._now
 
-    def admitted(self, key: ExpertKey) -> None:
+    def admitted(self, key: ExpertKey, cold: bool = False) -> None:
         self._touch(key)
+        if cold:
+            self._uses[key] = 0
 
     def used(self, key: ExpertKey) -> None:
         self._touch(key)
@@ -85,7 +89,7 @@ class Static:
         self._popularity = popularity
         self._order: dict[ExpertKey, None] = {}
 
-    def admitted(self, key: ExpertKey) -> None:
+    def admitted(self, key: ExpertKey, cold: bool = False) -> None:
         self._order[key] = None
 
     def used(self, key: ExpertKey) -> None:

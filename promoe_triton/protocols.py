@@ -124,11 +124,15 @@ class Cuts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """What one copy moves: bytes `begin` to `end` of a transfer, counted through its extents."""
+    """What one copy moves: bytes `begin` to `end` of a transfer, counted through its extents.
+
+    speculative: nobody waited for them when they were handed out.
+    """
 
     transfer: Transfer
     begin: int
     end: int
+    speculative: bool = False
 
 
 class Feed(Protocol):
@@ -140,7 +144,8 @@ class Feed(Protocol):
     def next_chunk(self, budget: int, speculative_budget: int | None = None) -> Chunk | None:
         """Hand out at most `budget` bytes of the most urgent transfer; None where there is nothing to do.
 
-        speculative_budget: at most so many where nobody waits for them yet (None: as many as of any other).
+        speculative_budget: at most so many where nobody waits for them yet (None: as many as of any other;
+        0: nothing of that kind).
         """
         ...
 
@@ -196,6 +201,10 @@ class Link(Protocol):
         """
         ...
 
+    def arrived(self, transfers: Sequence[Transfer]) -> Transfer | None:
+        """Return the first of these transfers that has arrived already, as `wait` does; None where none has."""
+        ...
+
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         """Return the tensors, views of a slot, of an expert that has arrived since this was last asked."""
         ...
@@ -217,6 +226,11 @@ class Link(Protocol):
         """Bytes copied since the link was made, with what alignment reads along."""
         ...
 
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second while copies are in flight, as measured lately; 0.0 before there were any."""
+        ...
+
     def close(self) -> None:
         """Stop and join whatever the link runs. Idempotent."""
         ...
@@ -225,8 +239,8 @@ class Link(Protocol):
 class Policy(Protocol):
     """Chooses which expert leaves when a slot is needed. Pure: told of events, asked for a victim."""
 
-    def admitted(self, key: ExpertKey) -> None:
-        """`key` has taken a slot; its bytes are on their way."""
+    def admitted(self, key: ExpertKey, cold: bool = False) -> None:
+        """`key` has taken a slot; its bytes are on their way. cold: until it is used, it is the next to leave."""
         ...
 
     def used(self, key: ExpertKey) -> None:

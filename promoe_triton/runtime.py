@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,19 +16,28 @@ from transformers.utils import logging as transformers_logging
 from promoe_triton.backends.torch import TorchBackend
 from promoe_triton.budget import Budget, available_memory
 from promoe_triton.config import Config, format_size
-from promoe_triton.core import Core, Needs
+from promoe_triton.core import Core
 from promoe_triton.counters import Counters, Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.links.disk import DiskLink
 from promoe_triton.memory import SlotMemory
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Link, Part, Policy, Store, Transfer
+from promoe_triton.predictors.choice import make_predictor
+from promoe_triton.predictors.reach import Reach
+from promoe_triton.prefetch import PROMPT, Prefetcher
+from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Link, Part, Policy, Predictor, Store, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore
+from promoe_triton.techniques import Technique
+from promoe_triton.timeline import Timeline
+from promoe_triton.waves import Waves
 
 Popularity = Mapping[ExpertKey, float]
+
+RECENT = 4
+"""The last tokens of a prompt, whose experts are kept before those of its other tokens."""
 
 
 class LayerRuntime:
@@ -86,31 +96,46 @@ class LayerRuntime:
                 self.layout.cut(stacked[name], expert).copy_(tensor)
         return stacked
 
-    def run(self, call: Call) -> Tensor:
-        """Compute one call whose rows are grouped: resident experts first, the others as they arrive."""
-        kernels = self.kernels
+    def run(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, ids_by_token: bool) -> Tensor:
+        """Compute one call: resident experts first, the others as they arrive, while later ones are copied ahead.
+
+        ids_by_token: whether rows of the ids are tokens, so that predictors can learn from them.
+        """
+        kernels, model = self.kernels, self.model
+        call = kernels.begin(x_TD, expert_ids_TA, weights_TA)
         for expert in call.experts:
             self.uses[expert] += 1
-        if self.resident:
-            self.model.counters.hits += len(call.experts)
+        if self.resident and model.prefetcher is None:
+            model.counters.hits += len(call.experts)
             kernels.up(call, None)
             kernels.activate(call)
             kernels.down(call, None)
             return kernels.combine(call)
-        self.model.begin_change()
+        began = time.perf_counter()
+        model.begin_change()
         try:
-            waves = Waves(self, call.experts)
+            waves = Waves(self, call.experts, _recent(expert_ids_TA) if ids_by_token else None)
+            if model.prefetcher is not None:
+                model.prefetcher.routed(self.index, x_TD, expert_ids_TA if ids_by_token else None, began)
+                model.note("predict", f"layer {self.index} predicts", began, time.perf_counter())
             for wave in waves.up():
-                kernels.up(call, wave)
+                self._compute(kernels.up, call, wave)
             kernels.activate(call)
             for wave in waves.down():
-                kernels.down(call, wave)
+                self._compute(kernels.down, call, wave)
             waves.close()
         except BaseException:
-            self.model.start_afresh(0.0)
+            model.start_afresh(0.0)
             raise
-        self.model.end_change()
+        model.end_change()
         return kernels.combine(call)
+
+    def _compute(self, product: Callable[[Any, Sequence[int]], None], call: Call, wave: Sequence[int]) -> None:
+        began = time.perf_counter()
+        product(call, wave)
+        if self.model.timeline is not None:
+            name = f"layer {self.index} {product.__name__} of {', '.join(map(str, wave))}"
+            self.model.note("compute", name, began, time.perf_counter())
 
     def place(self, key: ExpertKey) -> None:
         """Let the kernels know where an expert lies, if it has arrived since they last looked."""
@@ -125,66 +150,9 @@ class LayerRuntime:
             self.resident = all(map(table.is_ready, self.keys))
 
 
-class Waves:
-    """The experts of one call, as waves in the order they can be computed: resident ones, then as they arrive.
-
-    Missing experts take slots and stay. Where there are more of them than slots, the last of them pass through a few
-    slots twice: first their up projection, then their down projection, so that every byte is still read once.
-    """
-
-    def __init__(self, layer: LayerRuntime, experts: Collection[int]) -> None:
-        self._layer = layer
-        self._core, self._link = layer.model.core, layer.model.open_link()
-        self._needs, self._pending = self._link.tell(lambda: self._gate(experts))
-        self._kept = [key.expert for key in (*self._needs.resident, *self._needs.missing)]
-        for key in self._needs.resident:
-            layer.place(key)
-        counters = layer.model.counters
-        counters.hits += len(self._needs.resident)
-        counters.misses += len(experts) - len(self._needs.resident)
-
-    def _gate(self, experts: Collection[int]) -> tuple[Needs, list[Transfer]]:
-        """Submit all that is missing at once, in the order it will be computed (early preemption)."""
-        needs = self._core.gate(self._layer.index, experts)
-        pending = [self._core.ask(key, Part.WHOLE) for key in needs.missing]
-        return needs, pending + self._ask_streamed(needs, Part.UP)
-
-    def _ask_streamed(self, needs: Needs, part: Part) -> list[Transfer]:
-        if not self._layer.model.store.specs[self._layer.index].names(part):
-            return []
-        return [self._core.ask(key, part) for key in needs.streamed]
-
-    def up(self) -> Iterator[list[int]]:
-        if self._needs.resident:
-            yield [key.expert for key in self._needs.resident]
-        yield from self._arriving(self._pending)
-
-    def down(self) -> Iterator[list[int]]:
-        pending: list[Transfer] = []
-        if self._needs.streamed:
-            pending = self._link.tell(lambda: self._ask_streamed(self._needs, Part.DOWN))
-        if self._kept:
-            yield self._kept
-        yield from self._arriving(pending)
-
-    def _arriving(self, pending: list[Transfer]) -> Iterator[list[int]]:
-        while pending:
-            began = time.perf_counter()
-            transfer = self._link.wait(pending)
-            self._layer.model.counters.stall_seconds += time.perf_counter() - began
-            pending.remove(transfer)
-            key = transfer.key
-            self._layer.place(key)
-            yield [key.expert]
-            if transfer.part != Part.WHOLE:
-                self._layer.kernels.remove(key.expert)
-                self._link.tell(lambda key=key: self._core.discard(key))  # type: ignore[misc]
-
-    def close(self) -> None:
-        """Give all leases back."""
-        keys = [*self._needs.resident, *self._needs.missing]
-        self._link.tell(lambda: self._core.release(keys))
-        self._layer.check_resident()
+def _recent(expert_ids_TA: Tensor) -> set[int] | None:
+    """Return the experts of a prompt's last tokens; None where all tokens count alike."""
+    return set(expert_ids_TA[-RECENT:].flatten().tolist()) if len(expert_ids_TA) >= PROMPT else None
 
 
 class ModelRuntime:
@@ -209,10 +177,12 @@ class ModelRuntime:
         self._lock = threading.RLock()
         self._dirty = False
         self.link: Link | None = None
+        self.prefetcher: Prefetcher | None = None
+        self.timeline: Timeline | None = None
         tables: Sequence[SlotTable | None] = [None] * len(modules)
         if isinstance(store, CheckpointStore):
             self.link = self._open_link(store)
-            self.core = Core(self._tables(), self.link.cuts)
+            self.core = self._core(self.link)
             self.link.restart(self.core)
             tables = self.core.tables
         self.layers = [
@@ -232,8 +202,18 @@ class ModelRuntime:
             [memories[spec] for spec in specs],
             direct=direct_io(self.config, store, budget),
             depth=self.config.depth,
-            chunk_bytes=self.config.chunk_bytes,
+            chunking=self.config.cuts,
             timeout=self.config.io_timeout,
+            limit=self.config.limit,
+        )
+
+    def _core(self, link: Link) -> Core:
+        on = self.config.step.techniques
+        return Core(
+            self._tables(),
+            link.cuts,
+            preempt=Technique.PREEMPTION in on,
+            reorder=Technique.REORDER in on or self.config.step.layer,
         )
 
     def _tables(self) -> list[SlotTable]:
@@ -250,7 +230,45 @@ class ModelRuntime:
         return [shared[spec] for spec in specs]
 
     def _policy(self) -> Policy:
-        return make_policy(self.config.policy, self.popularity)
+        return make_policy("static" if self.config.step.static else self.config.policy, self.popularity)
+
+    def watch(self, model: nn.Module, paths: Sequence[str]) -> None:
+        """Copy ahead from now on what the predictor names, if there is one and experts rest in a store."""
+        if self.prefetcher is not None:
+            self.prefetcher.remove()
+            self.prefetcher = None
+        config = self.config
+        if self.link is None or Technique.PREFETCH not in config.step.techniques:
+            return
+        predictor: Predictor | None
+        if isinstance(config.predictor, str):
+            experts = {path: layer.layout.experts for path, layer in zip(paths, self.layers, strict=True)}
+            reach = Reach(distance=config.distance, width=config.width)
+            predictor = make_predictor(config.predictor, model, experts, reach)
+        else:
+            predictor = config.predictor
+        if predictor is not None:
+            self.prefetcher = Prefetcher(self, predictor)
+            self.prefetcher.watch(model, paths)
+
+    @contextmanager
+    def inside(self) -> Iterator[bool]:
+        """Between two layers of a forward: whether no other thread's forward is inside a layer."""
+        alone = self.link is not None and self._lock.acquire(blocking=False)
+        try:
+            if alone:
+                self.begin_change()
+            yield alone
+            if alone:
+                self.end_change()
+        finally:
+            if alone:
+                self._lock.release()
+
+    def note(self, kind: str, name: str, began: float, ended: float) -> None:
+        """Put a span of the computing thread on the timeline, if one is kept."""
+        if self.timeline is not None:
+            self.timeline.add("compute", name, kind, began, ended)
 
     def copy_for(self, modules: Sequence[nn.Module]) -> ModelRuntime:
         """Return an independent runtime over the same store, for copies of the same modules."""
@@ -321,7 +339,8 @@ class ModelRuntime:
                 raise PromoeError(f"interrupted reads have not ended in {patience:g} s; the disk does not answer")
             return
         self.counters.evictions += self.core.evictions
-        core = Core(self._tables(), self.link.cuts)
+        core = self._core(self.link)
+        core.admission, core.tally = self.core.admission, self.core.tally
         for layer, table in zip(self.layers, core.tables, strict=True):
             layer.table, layer.resident = table, False
             for expert in range(layer.layout.experts):
@@ -391,6 +410,9 @@ class ModelRuntime:
 
     def close(self) -> None:
         """Stop the link and let go of layers and slots. Idempotent."""
+        if self.prefetcher is not None:
+            self.prefetcher.remove()
+            self.prefetcher = None
         if self.link is not None:
             self.link.close()
             self.link = None

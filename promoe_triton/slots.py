@@ -45,12 +45,13 @@ class SlotTable:
         """Slots that `admit` could give out now: free ones and those of experts nobody leases."""
         return len(self._free) + len(self._slot_of) - len(self._leases)
 
-    def lease(self, key: ExpertKey) -> None:
-        """Promise not to evict a ready expert until as many `release` calls have come."""
+    def lease(self, key: ExpertKey, used: bool = True) -> None:
+        """Promise not to evict a ready expert until as many `release` calls have come; count it as used, or not."""
         if not self.is_ready(key):
             raise ValueError(f"{key} is not ready and cannot be leased")
         self._leases[key] = self._leases.get(key, 0) + 1
-        self._policy.used(key)
+        if used:
+            self._policy.used(key)
 
     def release(self, key: ExpertKey) -> None:
         """Give one lease back."""
@@ -67,22 +68,34 @@ class SlotTable:
             raise ValueError(f"{key} is not ready and cannot be touched")
         self._policy.used(key)
 
-    def admit(self, key: ExpertKey, kept: Set[ExpertKey] = frozenset()) -> int | None:
-        """Take a slot for an absent expert and lease it; None where all others are leased or `kept`."""
+    def admit(self, key: ExpertKey, kept: Set[ExpertKey] = frozenset(), cold: bool = False) -> int | None:
+        """Take a slot for an absent expert and lease it; None where all others are leased or `kept`.
+
+        cold: it is not needed again soon, and the first to leave.
+        """
         if key in self._slot_of:
             raise ValueError(f"{key} already has slot {self._slot_of[key]}")
-        if not self._free:
-            victim = self._policy.victim(self._leases.keys() | kept if kept else self._leases.keys())
-            if victim is None:
-                return None
-            self._vacate(victim)
-            self.evictions += 1
+        if not self._free and not self._evict(kept):
+            return None
         slot = self._free.pop()
         self._slot_of[key] = slot
         self._filling.add(key)
         self._leases[key] = 1
-        self._policy.admitted(key)
+        self._policy.admitted(key, cold)
         return slot
+
+    def make_room(self, slots: int) -> None:
+        """Evict experts until so many slots are free, or all that are left are leased."""
+        while len(self._free) < slots and self._evict(frozenset()):
+            pass
+
+    def _evict(self, kept: Set[ExpertKey]) -> bool:
+        victim = self._policy.victim(self._leases.keys() | kept if kept else self._leases.keys())
+        if victim is None:
+            return False
+        self._vacate(victim)
+        self.evictions += 1
+        return True
 
     def filled(self, key: ExpertKey) -> None:
         """The bytes of a filling expert have landed: it is ready, and still leased by who admitted it."""

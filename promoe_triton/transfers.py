@@ -72,15 +72,19 @@ class TransferQueue:
     ) -> Chunk | None:
         """Hand out at most `budget` bytes of the most urgent transfer; of speculation, at most its own budget.
 
+        No speculation is handed out where its budget is 0.
+
         start: takes a slot for a transfer of some rank whose first chunk comes next; False where there is none now.
         """
         waiting = list(self._waiting.items())
         if len(waiting) > 1:
             waiting.sort(key=_urgency)
         for transfer, progress in waiting:
+            if progress.rank != URGENT and speculative_budget is not None:
+                if not speculative_budget:
+                    return None
+                budget = min(budget, speculative_budget)
             if progress.cursor or start(transfer, progress.rank):
-                if progress.rank != URGENT and speculative_budget is not None:
-                    budget = min(budget, speculative_budget)
                 return self._cut(transfer, progress, budget)
         return None
 
@@ -96,7 +100,7 @@ class TransferQueue:
         progress.in_flight += 1
         if end == progress.nbytes:
             del self._waiting[transfer]
-        return Chunk(transfer=transfer, begin=begin, end=end)
+        return Chunk(transfer=transfer, begin=begin, end=end, speculative=progress.rank != URGENT)
 
     def landed(self, chunk: Chunk) -> bool:
         progress = self._progress[chunk.transfer]

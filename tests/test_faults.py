@@ -33,6 +33,7 @@ from promoe_triton.backends.torch import Grouped
 from promoe_triton.links import disk as links_disk
 from promoe_triton.links.disk import CLOSE_SECONDS
 from promoe_triton.stores import safetensors_files
+from promoe_triton.transfers import URGENT
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = str(ROOT / "promoe_triton")
@@ -147,16 +148,19 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def check_tables(model: Any) -> None:
-    """Between calls nothing is leased, filling or abandoned."""
+    """Between calls nothing is leased, filling or abandoned, but for what is copied ahead."""
     runtime = model._promoe_runtime
-    for layer in runtime.layers:
-        layer.table.check_integrity()
-        assert layer.table.available() == len(layer.table)
-    shared = runtime.link._shared
-    assert not shared.in_flight
-    assert not runtime.core._on_way
-    assert not runtime.core.queue._progress
-    assert not runtime.core.queue.errors
+    shared, core = runtime.link._shared, runtime.core
+    with shared.settled:
+        known = list(core.queue)
+        for table in {layer.table for layer in runtime.layers}:
+            table.check_integrity()
+            held = sum(t.slot >= 0 and core.tables[t.key.layer] is table for t in known)
+            assert table.available() == len(table) - held
+        assert all(core.queue.rank(transfer) != URGENT for transfer in known)
+        assert {*core._on_way.values()} <= {*known}
+        assert shared.in_flight == shared.speculating
+        assert not core.queue.errors
 
 
 def deleted(file: Path) -> None:

@@ -12,7 +12,18 @@ import pytest
 import promoe_triton
 
 PACKAGE = Path(promoe_triton.__file__).parent
-PURE = ("core", "protocols", "policies", "slots", "transfers", "config", "errors")
+PURE = (
+    "core",
+    "admission",
+    "chunking",
+    "protocols",
+    "policies",
+    "slots",
+    "techniques",
+    "transfers",
+    "config",
+    "errors",
+)
 
 
 def imports(file: Path) -> set[str]:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
+from promoe_triton.links.meter import Meter
 from promoe_triton.memory import SlotMemory
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
 from promoe_triton.stores.image import SlotImage
 from promoe_triton.stores.reader import FileReader
+from promoe_triton.timeline import Timeline
 
 CLOSE_SECONDS = 10.0
 """How long closing waits for all reading threads together; one that hangs in a read ends after that read."""
@@ -28,9 +31,15 @@ class _Shared:
     store: CheckpointStore
     reader: FileReader
     memory_of_layer: Sequence[SlotMemory]
-    chunk_bytes: int
+    chunking: Chunking
+    lanes: int
+    limit: float | None
     feed: Feed | None = None
     in_flight: int = 0
+    speculating: int = 0
+    meter: Meter = field(default_factory=Meter)
+    free_at: float = 0.0
+    timeline: Timeline | None = None
     arrivals: dict[ExpertKey, ExpertTensors] = field(default_factory=dict)
     last_views: dict[tuple[int, int], tuple[Any, ExpertTensors]] = field(default_factory=dict)
     bytes_moved: int = 0
@@ -48,7 +57,15 @@ class _Shared:
         return self.store.image(transfer.key, self.reader.direct, transfer.part)
 
     def cuts(self, transfer: Transfer) -> Cuts:
-        return Cuts(ends=self.image(transfer).ends, whole=self.store.staged(transfer.key.layer))
+        whole = self.chunking.whole or self.store.staged(transfer.key.layer)
+        return Cuts(ends=self.image(transfer).ends, whole=whole)
+
+    def reserve(self, now: float, nbytes: int) -> float:
+        """Return when a link of limited bandwidth is done with so many bytes more; 0.0 without a limit."""
+        if self.limit is None:
+            return 0.0
+        self.free_at = max(self.free_at, now) + nbytes / self.limit
+        return self.free_at
 
     def views(self, image: SlotImage, memory: SlotMemory, slot: int) -> ExpertTensors:
         """Return a slot's tensors; most experts of a layer lie in a slot just as the one before them did."""
@@ -60,7 +77,10 @@ class _Shared:
 
 
 class DiskLink:
-    """`depth` reads in flight, of at most `chunk_bytes` each. Idle until it is given a feed."""
+    """`depth` reads in flight, as long as `chunking` lets them be. Idle until it is given a feed.
+
+    limit: bytes per second that it shall not exceed, as on a slower disk; None: what the disk gives.
+    """
 
     def __init__(
         self,
@@ -69,19 +89,22 @@ class DiskLink:
         *,
         direct: bool,
         depth: int,
-        chunk_bytes: int,
+        chunking: Chunking,
         timeout: float,
+        limit: float | None = None,
     ) -> None:
         self._shared = _Shared(
             store=store,
             reader=FileReader(store.unchanged, direct),
             memory_of_layer=memory_of_layer,
-            chunk_bytes=chunk_bytes,
+            chunking=chunking,
+            lanes=depth,
+            limit=limit,
         )
         self._timeout = timeout
         self.direct = direct
         self._threads = [
-            threading.Thread(target=_work, args=(self._shared,), name=f"promoe-read-{i}", daemon=True)
+            threading.Thread(target=_work, args=(self._shared, f"copy {i}"), name=f"promoe-read-{i}", daemon=True)
             for i in range(depth)
         ]
         for thread in self._threads:
@@ -91,6 +114,19 @@ class DiskLink:
     @property
     def bytes_moved(self) -> int:
         return self._shared.bytes_moved
+
+    @property
+    def bandwidth(self) -> float:
+        return self._shared.meter.rate
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in which anything was in flight."""
+        return self._shared.meter.busy_seconds
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Note every chunk in a timeline from now on; None: in none."""
+        self._shared.timeline = timeline
 
     @property
     def cuts(self) -> Callable[[Transfer], Cuts]:
@@ -114,7 +150,7 @@ class DiskLink:
         shared = self._shared
         with shared.settled:
             moved, since = shared.bytes_moved, time.monotonic()
-            while (arrived := self._arrived(transfers)) is None:
+            while (arrived := self.arrived(transfers)) is None:
                 shared.settled.wait(timeout=min(self._timeout, 1.0))
                 if shared.bytes_moved != moved:
                     moved, since = shared.bytes_moved, time.monotonic()
@@ -126,13 +162,14 @@ class DiskLink:
                     )
             return arrived
 
-    def _arrived(self, transfers: Sequence[Transfer]) -> Transfer | None:
-        feed = self._shared.feed
-        assert feed is not None
-        arrived = next(filter(feed.ended, transfers), None)
-        if arrived is not None and (error := feed.error(arrived)) is not None:
-            raise PromoeError(f"{_name(arrived)} could not be read: {error}") from error
-        return arrived
+    def arrived(self, transfers: Sequence[Transfer]) -> Transfer | None:
+        with self._shared.settled:
+            feed = self._shared.feed
+            assert feed is not None
+            arrived = next(filter(feed.ended, transfers), None)
+            if arrived is not None and (error := feed.error(arrived)) is not None:
+                raise PromoeError(f"{_name(arrived)} could not be read: {error}") from error
+            return arrived
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         return self._shared.arrivals.pop(key, None)
@@ -166,11 +203,12 @@ def _name(transfer: Transfer) -> str:
     return f"expert {transfer.key.expert} of MoE layer {transfer.key.layer}"
 
 
-def _work(shared: _Shared) -> None:
-    chunk = None
-    while (chunk := _next(shared, chunk)) is not None:
+def _work(shared: _Shared, lane: str) -> None:
+    job = None
+    while (job := _next(shared, job)) is not None:
+        chunk = job.chunk
         try:
-            if _copied(shared, chunk):
+            if _copied(shared, job, lane):
                 _finish(shared, chunk.transfer)
         except BaseException as error:
             with shared.settled:
@@ -179,26 +217,49 @@ def _work(shared: _Shared) -> None:
                 shared.settled.notify_all()
 
 
-def _next(shared: _Shared, done: Chunk | None) -> Chunk | None:
+@dataclass(slots=True)
+class _Job:
+    """A chunk on its way. due: when a link of limited bandwidth would be done with it; times of `perf_counter`."""
+
+    chunk: Chunk
+    began: float
+    due: float
+    moved: int = 0
+
+
+def _next(shared: _Shared, done: _Job | None) -> _Job | None:
     """Note that nothing of the last chunk is in flight any more, and wait for the next; None when the link closes."""
     with shared.work:
         if done is not None:
             shared.in_flight -= 1
+            shared.speculating -= done.chunk.speculative
+            shared.meter.ended(time.perf_counter(), done.moved)
             if shared.torn:
                 shared.settled.notify_all()
         while not shared.closed:
             if shared.feed is not None and not shared.torn:
-                chunk = shared.feed.next_chunk(shared.chunk_bytes)
+                budgets = shared.chunking.budgets(shared.meter.rate, shared.lanes, shared.speculating)
+                chunk = shared.feed.next_chunk(budgets.urgent, budgets.speculative)
                 if chunk is not None:
+                    now = time.perf_counter()
                     shared.in_flight += 1
-                    return chunk
+                    shared.speculating += chunk.speculative
+                    shared.meter.begun(now)
+                    return _Job(chunk, now, shared.reserve(now, chunk.end - chunk.begin))
             shared.work.wait()
     return None
 
 
-def _copied(shared: _Shared, chunk: Chunk) -> bool:
+def _copied(shared: _Shared, job: _Job, lane: str) -> bool:
     """Read one chunk into its slot; whether its transfer is complete with it."""
+    chunk = job.chunk
     moved = _copy(shared, chunk)
+    if job.due:
+        time.sleep(max(job.due - time.perf_counter(), 0.0))
+    job.moved = moved
+    if shared.timeline is not None:
+        key, kind = chunk.transfer.key, "speculation" if chunk.speculative else "urgent"
+        shared.timeline.add(lane, f"layer {key.layer} expert {key.expert}", kind, job.began, time.perf_counter())
     with shared.settled:
         shared.bytes_moved += moved
         return shared.feed is not None and not shared.torn and shared.feed.landed(chunk)
@@ -213,19 +274,22 @@ def _copy(shared: _Shared, chunk: Chunk) -> int:
     if chunk.begin == 0:
         for file, offset in image.files.items():
             reader.check(file, offset)  # opens it anew where it was exchanged for an equal one
-    index = bisect.bisect_right(image.ends, chunk.begin)
-    extent = image.extents[index]
-    skip = chunk.begin - (image.ends[index] - extent.nbytes)
-    nbytes = chunk.end - chunk.begin
-    reader.read_into(
-        extent.file,
-        extent.offset + skip,
-        nbytes,
-        memory.view,
-        transfer.slot * memory.slot_bytes + extent.slot_offset + skip,
-        needed=min(nbytes, extent.needed - skip),
-    )
-    return nbytes
+    begin = chunk.begin
+    while begin < chunk.end:
+        index = bisect.bisect_right(image.ends, begin)
+        extent = image.extents[index]
+        skip = begin - (image.ends[index] - extent.nbytes)
+        nbytes = min(chunk.end, image.ends[index]) - begin
+        reader.read_into(
+            extent.file,
+            extent.offset + skip,
+            nbytes,
+            memory.view,
+            transfer.slot * memory.slot_bytes + extent.slot_offset + skip,
+            needed=min(nbytes, extent.needed - skip),
+        )
+        begin += nbytes
+    return chunk.end - chunk.begin
 
 
 def _finish(shared: _Shared, transfer: Transfer) -> None:

@@ -44,6 +44,10 @@ def promoe_modules(model: nn.Module) -> list[ProMoEExperts]:
     return [module for module in model.modules() if isinstance(module, ProMoEExperts)]
 
 
+def _paths(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, ProMoEExperts)]
+
+
 class PatchedModel(nn.Module):
     """What a patched model can do beside what it could before: be a context manager that unpatches."""
 
@@ -66,6 +70,7 @@ class PatchedModel(nn.Module):
             module._promoe = layer
         if copied.link is not None and copied.config.warm:
             copied.warm()
+        copied.watch(twin, _paths(twin))
         return twin
 
     def __copy__(self) -> nn.Module:
@@ -282,12 +287,13 @@ def install(
         module.register_buffer("_promoe_name", ops.register(module), persistent=False)
     model._promoe_runtime = runtime  # type: ignore[assignment]
     model.__class__ = _model_class(type(model))  # type: ignore[arg-type]
-    if runtime.link is not None and config.warm:
-        try:
+    try:
+        if runtime.link is not None and config.warm:
             runtime.warm()
-        except BaseException as failure:
-            _undo(model, runtime, failure)
-            raise
+        runtime.watch(model, _paths(model))
+    except BaseException as failure:
+        _undo(model, runtime, failure)
+        raise
 
 
 def _undo(model: nn.Module, runtime: ModelRuntime, failure: BaseException) -> None:

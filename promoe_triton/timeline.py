@@ -1,0 +1,63 @@
+"""What happened when: spans of computing, copying and waiting, for a person to look at."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MOST = 200_000
+"""Spans kept; the oldest go first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Something on one lane, from `begin` to `end` in seconds of `time.perf_counter`."""
+
+    lane: str
+    name: str
+    kind: str
+    begin: float
+    end: float
+
+
+class Timeline:
+    """Spans as they end, from any thread. Bounded."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self.spans: deque[Span] = deque(maxlen=most)
+
+    def add(self, lane: str, name: str, kind: str, begin: float, end: float) -> None:
+        self.spans.append(Span(lane=lane, name=name, kind=kind, begin=begin, end=end))
+
+    def trace(self) -> dict[str, Any]:
+        """Return the spans as a Chrome trace, times in microseconds since the first."""
+        spans = sorted(self.spans, key=lambda span: span.begin)
+        lanes = {lane: i for i, lane in enumerate(sorted({span.lane for span in spans}, key=_order))}
+        start = spans[0].begin if spans else 0.0
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": i, "args": {"name": lane}} for lane, i in lanes.items()
+        ]
+        events += [
+            {
+                "ph": "X",
+                "name": span.name,
+                "cat": span.kind,
+                "pid": 1,
+                "tid": lanes[span.lane],
+                "ts": (span.begin - start) * 1e6,
+                "dur": (span.end - span.begin) * 1e6,
+            }
+            for span in spans
+        ]
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+    def save(self, path: Path | str) -> None:
+        """Write a trace that chrome://tracing and Perfetto open."""
+        Path(path).write_text(json.dumps(self.trace()))
+
+
+def _order(lane: str) -> tuple[bool, str]:
+    return not lane.startswith("compute"), lane

@@ -1,0 +1,142 @@
+"""The experts of one call as waves, in the order in which they can be computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from promoe_triton.core import Needs
+from promoe_triton.protocols import ExpertKey, Part, Transfer
+from promoe_triton.techniques import Technique
+
+if TYPE_CHECKING:
+    from promoe_triton.runtime import LayerRuntime
+
+
+class Waves:
+    """Resident experts first, then the others as they arrive (paper, section on reordered inference).
+
+    Missing experts take slots and stay. Where there are more of them than slots, the last of them pass through a few
+    slots twice: first their up projection, then their down projection, so that every byte is still read once. What
+    has come through such a slot is computed before resident experts are, so that the slot is free for the next.
+
+    Without reordering, experts are computed in the order of their numbers; without preemption, a missing one is asked
+    for when it is its turn; with whole layers, all experts are copied and only then computed (`Step`).
+    """
+
+    def __init__(self, layer: LayerRuntime, experts: Collection[int], recent: Collection[int] | None) -> None:
+        model = layer.model
+        step = model.config.step
+        self._layer, self._computed = layer, experts
+        self._core, self._link = model.core, model.open_link()
+        self._preempt = Technique.PREEMPTION in step.techniques
+        self._reorder = Technique.REORDER in step.techniques
+        self._whole_layer = step.layer
+        self._asked: dict[ExpertKey, Transfer] = {}
+        if step.layer:
+            experts = range(layer.layout.experts)
+        elif not self._reorder:
+            experts = sorted(experts)
+        self._needs = self._link.tell(lambda: self._gate(experts, recent))
+        for key in self._needs.resident:
+            layer.place(key)
+        hits = sum(key.expert in self._computed for key in self._needs.resident)
+        model.counters.hits += hits
+        model.counters.misses += len(self._computed) - hits
+
+    def _gate(self, experts: Collection[int], recent: Collection[int] | None) -> Needs:
+        """Submit all that is missing at once, in the order it will be computed (early preemption)."""
+        needs = self._core.gate(self._layer.index, experts, recent)
+        if self._preempt:
+            self._ask_all(needs.missing, Part.WHOLE)
+            self._ask_all(self._streamed(needs, Part.UP), Part.UP)
+        return needs
+
+    def _ask_all(self, keys: Iterable[ExpertKey], part: Part) -> None:
+        for key in keys:
+            self._asked[key] = self._core.ask(key, part)
+
+    def _streamed(self, needs: Needs, part: Part) -> list[ExpertKey]:
+        """Return what passes through slots in this half of the computation."""
+        return needs.streamed if self._layer.model.store.specs[self._layer.index].names(part) else []
+
+    def up(self) -> Iterator[list[int]]:
+        """Yield experts whose up projection can be computed, until all are."""
+        resident, missing, streamed = self._needs.resident, self._needs.missing, self._streamed(self._needs, Part.UP)
+        if self._preempt and (self._reorder or self._whole_layer):
+            yield from self._as_they_come(resident, streaming=bool(streamed))
+        else:
+            kept = [*resident, *missing] if self._reorder else sorted([*resident, *missing])
+            yield from self._one_by_one(kept, Part.WHOLE)
+            yield from self._one_by_one(streamed, Part.UP)
+
+    def down(self) -> Iterator[list[int]]:
+        """Yield experts whose down projection can be computed, until all are."""
+        kept, streamed = [*self._needs.resident, *self._needs.missing], self._streamed(self._needs, Part.DOWN)
+        if self._preempt and streamed:
+            self._link.tell(lambda: self._ask_all(streamed, Part.DOWN))
+        if self._preempt and self._reorder:
+            yield from self._as_they_come(kept, streaming=bool(streamed))
+        else:
+            yield self._wave(kept)
+            yield from self._one_by_one(streamed, Part.DOWN)
+
+    def _wave(self, keys: Iterable[ExpertKey]) -> list[int]:
+        """Return those of these experts that are computed: all, unless whole layers are copied."""
+        return [key.expert for key in keys if key.expert in self._computed]
+
+    def _as_they_come(self, ready: Sequence[ExpertKey], streaming: bool) -> Iterator[list[int]]:
+        """Yield ready experts, and what was asked for as it arrives.
+
+        streaming: what arrives goes first, as the next expert waits for its slot.
+        """
+        waiting = self._wave(ready)
+        if waiting and not streaming and not self._whole_layer:
+            yield waiting
+            waiting = []
+        while self._asked:
+            pending = list(self._asked.values())
+            now = bool(waiting) and not self._whole_layer
+            arrived = self._link.arrived(pending) if now else self._wait(pending)
+            if arrived is None:
+                yield [waiting.pop(0)]
+            else:
+                yield from self._compute(arrived)
+        if waiting:
+            yield waiting
+
+    def _one_by_one(self, keys: Sequence[ExpertKey], part: Part) -> Iterator[list[int]]:
+        """Yield experts as they stand, and ask for each when it is its turn, unless it was asked for before."""
+        ready = {*self._needs.resident}
+        for key in keys:
+            if key in ready:
+                yield self._wave([key])
+                continue
+            if key not in self._asked:
+                self._link.tell(lambda key=key: self._ask_all([key], part))  # type: ignore[misc]
+            yield from self._compute(self._wait([self._asked[key]]))
+
+    def _wait(self, transfers: Sequence[Transfer]) -> Transfer:
+        model = self._layer.model
+        began = time.perf_counter()
+        transfer = self._link.wait(transfers)
+        ended = time.perf_counter()
+        model.counters.stall_seconds += ended - began
+        model.note("stall", f"layer {self._layer.index} waits", began, ended)
+        return transfer
+
+    def _compute(self, arrived: Transfer) -> Iterator[list[int]]:
+        key = arrived.key
+        del self._asked[key]
+        self._layer.place(key)
+        yield self._wave([key])
+        if arrived.part != Part.WHOLE:
+            self._layer.kernels.remove(key.expert)
+            self._link.tell(lambda: self._core.discard(key))
+
+    def close(self) -> None:
+        """Give all leases back."""
+        keys = [*self._needs.resident, *self._needs.missing]
+        self._link.tell(lambda: self._core.release(keys))
+        self._layer.check_resident()
