@@ -195,10 +195,12 @@ class Core:
         return position if position > self.position else position + len(self.tables)
 
     def queued(self, position: int) -> int:
-        """Bytes that are to be copied before or for `position`."""
-        return sum(
-            self.queue.left(t) for t in self.queue if self.queue.rank(t) <= position and not self.queue.stopped(t)
-        )
+        """Bytes that are to be copied ahead of need, until `position`.
+
+        What a layer waits for does not count: until it has come, no later layer begins.
+        """
+        queue = self.queue
+        return sum(queue.left(t) for t in queue if URGENT < queue.rank(t) <= position and not queue.stopped(t))
 
     # What a link asks and tells.
 

@@ -35,6 +35,7 @@ class CheckpointStore:
         self._description = description
         files = {ref.file for layer in sources for s in layer.values() for refs in s.refs.values() for ref in refs}
         self.unchanged = Unchanged(sorted(files))
+        self._staged = [not all(source.plain for source in layer.values()) for layer in self._sources]
         self._images: dict[tuple[ExpertKey, bool, Part], SlotImage] = {}
         self._staging: SlotMemory | None = None
         self._staging_lock = threading.Lock()
@@ -52,7 +53,7 @@ class CheckpointStore:
 
     def staged(self, layer: int) -> bool:
         """Whether this layer's experts must be converted on their way into a slot."""
-        return not all(source.plain for source in self._sources[layer].values())
+        return self._staged[layer]
 
     def image(self, key: ExpertKey, direct: bool, part: Part = Part.WHOLE) -> SlotImage:
         """Lay out one expert in a slot. A staged expert's tensors are at rest nowhere: they have no extents."""
