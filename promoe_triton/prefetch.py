@@ -59,7 +59,7 @@ class Prefetcher:
     def watch(self, model: nn.Module, paths: Sequence[str]) -> None:
         """Put hooks on the model that show what cannot be seen from its experts."""
         self.remove()
-        self._taps = Taps(model, paths, self.passed)
+        self._taps = Taps(model, paths, self.passed, first_only=True)
 
     def remove(self) -> None:
         """Take the hooks off. Idempotent."""

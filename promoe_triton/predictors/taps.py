@@ -40,12 +40,15 @@ class Taps:
 
     tell: is given what is seen before attention (ENTERED) and after a stack's last layer (LEFT), while the model
         runs. paths: of the experts modules, in the model's order: their places are the layers' numbers.
+    first_only: look before attention only where no earlier layer of the stack speaks of this one.
     Where the residual stream is not one state per token (hyper-connections), only token ids are seen before
     attention, and nothing after the last layer; where several experts modules share a decoder layer and its
     tokens, only routings are.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], tell: Callable[[Observation], None]) -> None:
+    def __init__(
+        self, model: nn.Module, paths: Sequence[str], tell: Callable[[Observation], None], first_only: bool = False
+    ) -> None:
         self._tell = tell
         self._token_ids: Tensor | None = None
         # The latest router's input only: a prompt's states for all layers would be as large as its cache.
@@ -53,10 +56,12 @@ class Taps:
         self._handles: list[RemovableHandle] = []
         places = [find_place(model, path) for path in paths]
         self._tap_tokens(model)
+        firsts = {place.stack: layer for layer, place in reversed(list(enumerate(places)))}.values()
         for layer, place in enumerate(places):
             if place.router is not None:
                 self._before(model.get_submodule(place.router), self._keeping(layer))
-            if place.layer and sum(other.layer == place.layer for other in places) == 1:
+            looked_at = layer in firsts or not first_only
+            if looked_at and place.layer and sum(other.layer == place.layer for other in places) == 1:
                 self._before(model.get_submodule(place.layer), self._telling(layer, Seam.ENTERED))
         for layer in _last_of_stacks(places):
             self._tap_end(model, layer, places[layer])
