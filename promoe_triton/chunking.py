@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal, NamedTuple
 
 from promoe_triton.protocols import PAGE
@@ -28,9 +29,10 @@ class Budgets(NamedTuple):
 class Chunking:
     """A way to cut transfers.
 
-    ``adaptive``: at most `longest` bytes; of speculation no more in flight than takes `latency` seconds, and never
-    by the last free lane, so that an urgent copy starts at once. ``fixed``: `longest` bytes, whatever they are for.
-    ``tensor``: one range of the source at a time, as the paper does. ``expert``: not at all.
+    ``adaptive``: at most `longest` bytes; of speculation no more in flight than takes `latency` seconds, in as few
+    chunks as that allows, and never by the last free lane, so that an urgent copy starts at once. ``fixed``: `longest`
+    bytes, whatever they are for. ``tensor``: one range of the source at a time, as the paper does. ``expert``: as
+    fixed, but a copy that has begun is not overtaken.
     """
 
     name: ChunkingName
@@ -38,18 +40,18 @@ class Chunking:
     latency: float
 
     @property
-    def whole(self) -> bool:
-        """Whether an expert is one chunk."""
-        return self.name == "expert"
+    def overtake(self) -> bool:
+        """Whether an urgent copy may pass another between two of its chunks."""
+        return self.name != "expert"
 
     def budgets(self, bandwidth: float, lanes: int, speculating: int) -> Budgets:
         """Return how long the next chunk may be on a link of so many lanes, so many of them with speculation."""
-        if self.name in ("tensor", "expert"):
+        if self.name == "tensor":
             return Budgets(sys.maxsize, sys.maxsize)
-        if self.name == "fixed":
+        if self.name != "adaptive":
             return Budgets(self.longest, self.longest)
-        most = max(lanes - 1, 1)
+        in_flight = max(int(bandwidth * self.latency), SHORTEST) if bandwidth else UNMEASURED
+        most = min(ceil(in_flight / self.longest), max(lanes - 1, 1))
         if speculating >= most:
             return Budgets(self.longest, 0)
-        share = int(bandwidth * self.latency / most) // PAGE * PAGE if bandwidth else UNMEASURED
-        return Budgets(self.longest, min(max(share, SHORTEST), self.longest))
+        return Budgets(self.longest, min(in_flight // most // PAGE * PAGE, self.longest))

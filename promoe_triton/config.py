@@ -63,7 +63,8 @@ class Config:
     depth: reads in flight, each on its own thread.
     chunking: how copies are cut. ``"adaptive"``: as long as `chunk` where a layer waits for them, and of what is
         copied ahead no more at a time than takes `latency` seconds, so that an urgent copy can overtake;
-        ``"fixed"``: `chunk` bytes; ``"tensor"``: one tensor; ``"expert"``: whole experts.
+        ``"fixed"``: `chunk` bytes; ``"tensor"``: one tensor; ``"expert"``: `chunk` bytes, but nothing overtakes an
+        expert that has begun.
     chunk: the most bytes of one copy, as an int or a size with its unit; a multiple of 4096.
     latency: seconds that an urgent copy may wait for what is in flight ahead of need.
     bandwidth: a limit on bytes per second from the store, as an int or a size with its unit (``"1.5GB/s"``), to
@@ -167,7 +168,7 @@ class Config:
 
     @property
     def cuts(self) -> Chunking:
-        """How copies are cut: whole experts, where chunks are off."""
+        """How copies are cut: nothing is overtaken where chunks are off."""
         name = self.chunking if Technique.CHUNKS in self.step.techniques else "expert"
         return Chunking(name=name, longest=self.chunk_bytes, latency=self.latency)
 

@@ -54,6 +54,7 @@ class Core:
     """Slots, transfers and speculation of one model.
 
     tables: the slot table of each layer; layers may share one. cuts: how a transfer may be cut into chunks.
+    overtake: what is more urgent passes a copy that has begun, between two chunks (paper: chunked prefetching).
     preempt: drop what a layer was expected to need, and does not, when its gate is done (early preemption).
     reorder: ready experts come first, and stay until then; else experts are taken in the order they are given,
         and each that is missing may push out one that comes after it.
@@ -64,11 +65,12 @@ class Core:
         tables: Sequence[SlotTable],
         cuts: Callable[[Transfer], Cuts],
         *,
+        overtake: bool = True,
         preempt: bool = True,
         reorder: bool = True,
     ) -> None:
         self.tables = tables
-        self.queue = TransferQueue()
+        self.queue = TransferQueue(overtake)
         self.admission = Admission()
         self.tally = Tally()
         self.position = 0

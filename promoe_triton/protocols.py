@@ -21,6 +21,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from promoe_triton.layout import ExpertLayout
+    from promoe_triton.timeline import Timeline
 
 
 PAGE = 4096
@@ -112,6 +113,10 @@ class Transfer:
     key: ExpertKey
     part: Part
     slot: int = -1
+
+    @property
+    def name(self) -> str:
+        return f"expert {self.key.expert} of MoE layer {self.key.layer}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +214,10 @@ class Link(Protocol):
         """Return the tensors, views of a slot, of an expert that has arrived since this was last asked."""
         ...
 
+    def now(self) -> float:
+        """Return the time by the link's clock, in seconds since whenever."""
+        ...
+
     def drain(self, patience: float) -> bool:
         """Start no further chunk, until `restart`.
 
@@ -229,6 +238,15 @@ class Link(Protocol):
     @property
     def bandwidth(self) -> float:
         """Bytes per second while copies are in flight, as measured lately; 0.0 before there were any."""
+        ...
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in which any copy was in flight."""
+        ...
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Note every chunk in a timeline from now on; None: in none."""
         ...
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,13 +110,14 @@ class LayerRuntime:
             kernels.activate(call)
             kernels.down(call, None)
             return kernels.combine(call)
-        began = time.perf_counter()
+        now = model.open_link().now
+        began = now()
         model.begin_change()
         try:
             waves = Waves(self, call.experts, _recent(expert_ids_TA) if ids_by_token else None)
             if model.prefetcher is not None:
                 model.prefetcher.routed(self.index, x_TD, expert_ids_TA if ids_by_token else None, began)
-                model.note("predict", f"layer {self.index} predicts", began, time.perf_counter())
+                model.note("predict", f"layer {self.index} predicts", began, now())
             for wave in waves.up():
                 self._compute(kernels.up, call, wave)
             kernels.activate(call)
@@ -131,11 +131,15 @@ class LayerRuntime:
         return kernels.combine(call)
 
     def _compute(self, product: Callable[[Any, Sequence[int]], None], call: Call, wave: Sequence[int]) -> None:
-        began = time.perf_counter()
+        model = self.model
+        if model.timeline is None:
+            product(call, wave)
+            return
+        now = model.open_link().now
+        began = now()
         product(call, wave)
-        if self.model.timeline is not None:
-            name = f"layer {self.index} {product.__name__} of {', '.join(map(str, wave))}"
-            self.model.note("compute", name, began, time.perf_counter())
+        name = f"layer {self.index} {product.__name__} of {', '.join(map(str, wave))}"
+        model.note("compute", name, began, now())
 
     def place(self, key: ExpertKey) -> None:
         """Let the kernels know where an expert lies, if it has arrived since they last looked."""
@@ -212,6 +216,7 @@ class ModelRuntime:
         return Core(
             self._tables(),
             link.cuts,
+            overtake=self.config.cuts.overtake,
             preempt=Technique.PREEMPTION in on,
             reorder=Technique.REORDER in on or self.config.step.layer,
         )

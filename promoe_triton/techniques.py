@@ -13,7 +13,7 @@ class Technique(enum.Flag):
     PREFETCH = enum.auto()
     """Predicted experts are copied ahead of need."""
     CHUNKS = enum.auto()
-    """Copies are cut into chunks, so that an urgent one can overtake."""
+    """An urgent copy overtakes another between two of its chunks; else what has begun is copied to its end."""
     PREEMPTION = enum.auto()
     """When the gate is done, stale speculation is dropped and all missing experts are asked for at once."""
     REORDER = enum.auto()

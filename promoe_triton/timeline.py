@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from promoe_triton.protocols import Chunk
+
 MOST = 200_000
 """Spans kept; the oldest go first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Something on one lane, from `begin` to `end` in seconds of `time.perf_counter`."""
+    """Something on one lane, from `begin` to `end` in seconds by the link's clock."""
 
     lane: str
     name: str
@@ -31,6 +33,11 @@ class Timeline:
 
     def add(self, lane: str, name: str, kind: str, begin: float, end: float) -> None:
         self.spans.append(Span(lane=lane, name=name, kind=kind, begin=begin, end=end))
+
+    def copied(self, lane: str, chunk: Chunk, begin: float, end: float) -> None:
+        """Add the copying of a chunk."""
+        key, kind = chunk.transfer.key, "speculation" if chunk.speculative else "urgent"
+        self.add(lane, f"layer {key.layer} expert {key.expert}", kind, begin, end)
 
     def trace(self) -> dict[str, Any]:
         """Return the spans as a Chrome trace, times in microseconds since the first."""

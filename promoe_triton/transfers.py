@@ -33,14 +33,20 @@ def _urgency(item: tuple[Transfer, _Progress]) -> tuple[int, int]:
     return item[1].rank, item[1].order
 
 
+def _begun_first(item: tuple[Transfer, _Progress]) -> tuple[bool, int, int]:
+    return not item[1].cursor, item[1].rank, item[1].order
+
+
 class TransferQueue:
     """A feed of chunks: the lowest rank first, first come, first served among equals.
 
     Overtaking is nothing but asking again: a transfer that is passed over keeps its cursor and goes on from there.
     A transfer stays known from `push` until `forget`; what it still has in flight is counted.
+    overtake: whether what is more urgent may pass a transfer that has begun; else that one is copied to its end first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overtake: bool = True) -> None:
+        self._order = _urgency if overtake else _begun_first
         self._pushed = 0
         self._progress: dict[Transfer, _Progress] = {}
         self._waiting: dict[Transfer, _Progress] = {}
@@ -78,7 +84,7 @@ class TransferQueue:
         """
         waiting = list(self._waiting.items())
         if len(waiting) > 1:
-            waiting.sort(key=_urgency)
+            waiting.sort(key=self._order)
         for transfer, progress in waiting:
             if progress.rank != URGENT and speculative_budget is not None:
                 if not speculative_budget:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -119,9 +118,9 @@ class Waves:
 
     def _wait(self, transfers: Sequence[Transfer]) -> Transfer:
         model = self._layer.model
-        began = time.perf_counter()
+        began = self._link.now()
         transfer = self._link.wait(transfers)
-        ended = time.perf_counter()
+        ended = self._link.now()
         model.counters.stall_seconds += ended - began
         model.note("stall", f"layer {self._layer.index} waits", began, ended)
         return transfer

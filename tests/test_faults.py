@@ -897,7 +897,7 @@ class TestNothingStays:
             logits(model, prompt)
         gc.collect()
         assert len(gc.get_objects()) < before + 200
-        assert len(shared.reader._handles) <= 4
+        assert len(shared.filler._reader._handles) <= 4
         assert len(model._promoe_runtime.counters.step_seconds) <= 512
 
     def test_an_exchanged_file_leaves_no_handles_behind(self, folder: Path, want: Tensor) -> None:

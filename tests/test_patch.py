@@ -710,7 +710,7 @@ class TestMemory:
         for name in ("mixtral", "nemotron_h", "dbrx"):
             build(name).save_pretrained(tmp_path / name)
             model: Any = promoe_triton.from_pretrained(str(tmp_path / name), slots=4)
-            memories = {id(m): m for m in model._promoe_runtime.link._shared.memory_of_layer}.values()
+            memories = {id(m): m for m in model._promoe_runtime.link._shared.filler._memory_of_layer}.values()
             taken = sum(memory.slots * memory.slot_bytes for memory in memories)
             assert taken == promoe_triton.stats(model).slot_bytes
 

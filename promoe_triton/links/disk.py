@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import bisect
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
+from promoe_triton.links.filling import SlotFiller
 from promoe_triton.links.meter import Meter
 from promoe_triton.memory import SlotMemory
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
-from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
-from promoe_triton.stores.image import SlotImage
-from promoe_triton.stores.reader import FileReader
+from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.timeline import Timeline
 
 CLOSE_SECONDS = 10.0
@@ -28,9 +25,7 @@ CLOSE_SECONDS = 10.0
 class _Shared:
     """All that a reading thread holds on to: never the link itself, so that a lost link can end its threads."""
 
-    store: CheckpointStore
-    reader: FileReader
-    memory_of_layer: Sequence[SlotMemory]
+    filler: SlotFiller
     chunking: Chunking
     lanes: int
     limit: float | None
@@ -41,7 +36,6 @@ class _Shared:
     free_at: float = 0.0
     timeline: Timeline | None = None
     arrivals: dict[ExpertKey, ExpertTensors] = field(default_factory=dict)
-    last_views: dict[tuple[int, int], tuple[Any, ExpertTensors]] = field(default_factory=dict)
     bytes_moved: int = 0
     torn: bool = False
     closed: bool = False
@@ -53,27 +47,12 @@ class _Shared:
         lock = threading.RLock()
         self.work, self.settled = threading.Condition(lock), threading.Condition(lock)
 
-    def image(self, transfer: Transfer) -> SlotImage:
-        return self.store.image(transfer.key, self.reader.direct, transfer.part)
-
-    def cuts(self, transfer: Transfer) -> Cuts:
-        whole = self.chunking.whole or self.store.staged(transfer.key.layer)
-        return Cuts(ends=self.image(transfer).ends, whole=whole)
-
     def reserve(self, now: float, nbytes: int) -> float:
         """Return when a link of limited bandwidth is done with so many bytes more; 0.0 without a limit."""
         if self.limit is None:
             return 0.0
         self.free_at = max(self.free_at, now) + nbytes / self.limit
         return self.free_at
-
-    def views(self, image: SlotImage, memory: SlotMemory, slot: int) -> ExpertTensors:
-        """Return a slot's tensors; most experts of a layer lie in a slot just as the one before them did."""
-        places, tensors = self.last_views.get((id(memory), slot), (None, {}))
-        if places != image.places:
-            places, tensors = image.places, image.views(memory.slot(slot))
-            self.last_views[id(memory), slot] = places, tensors
-        return tensors
 
 
 class DiskLink:
@@ -94,9 +73,7 @@ class DiskLink:
         limit: float | None = None,
     ) -> None:
         self._shared = _Shared(
-            store=store,
-            reader=FileReader(store.unchanged, direct),
-            memory_of_layer=memory_of_layer,
+            filler=SlotFiller(store, memory_of_layer, direct),
             chunking=chunking,
             lanes=depth,
             limit=limit,
@@ -121,17 +98,17 @@ class DiskLink:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds in which anything was in flight."""
         return self._shared.meter.busy_seconds
 
     def record(self, timeline: Timeline | None) -> None:
-        """Note every chunk in a timeline from now on; None: in none."""
         self._shared.timeline = timeline
+
+    def now(self) -> float:
+        return time.perf_counter()
 
     @property
     def cuts(self) -> Callable[[Transfer], Cuts]:
-        """How the bytes of a transfer may be cut into chunks. Does not keep the link alive."""
-        return self._shared.cuts
+        return self._shared.filler.cuts
 
     def tell(self, event: Callable[[], R]) -> R:
         shared = self._shared
@@ -155,10 +132,9 @@ class DiskLink:
                 if shared.bytes_moved != moved:
                     moved, since = shared.bytes_moved, time.monotonic()
                 elif time.monotonic() - since >= self._timeout:
-                    first = shared.image(transfers[0]).extents[0]
                     raise PromoeError(
-                        f"no byte arrived for {self._timeout:g} s while waiting for {_name(transfers[0])} from "
-                        f"{first.file} at offset {first.offset}"
+                        f"no byte arrived for {self._timeout:g} s while waiting for {transfers[0].name} from "
+                        f"{shared.filler.source(transfers[0])}"
                     )
             return arrived
 
@@ -168,7 +144,7 @@ class DiskLink:
             assert feed is not None
             arrived = next(filter(feed.ended, transfers), None)
             if arrived is not None and (error := feed.error(arrived)) is not None:
-                raise PromoeError(f"{_name(arrived)} could not be read: {error}") from error
+                raise PromoeError(f"{arrived.name} could not be read: {error}") from error
             return arrived
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
@@ -197,10 +173,6 @@ class DiskLink:
 
     def close(self) -> None:
         self._finalize()
-
-
-def _name(transfer: Transfer) -> str:
-    return f"expert {transfer.key.expert} of MoE layer {transfer.key.layer}"
 
 
 def _work(shared: _Shared, lane: str) -> None:
@@ -253,54 +225,20 @@ def _next(shared: _Shared, done: _Job | None) -> _Job | None:
 def _copied(shared: _Shared, job: _Job, lane: str) -> bool:
     """Read one chunk into its slot; whether its transfer is complete with it."""
     chunk = job.chunk
-    moved = _copy(shared, chunk)
+    moved = shared.filler.copy(chunk)
     if job.due:
         time.sleep(max(job.due - time.perf_counter(), 0.0))
     job.moved = moved
     if shared.timeline is not None:
-        key, kind = chunk.transfer.key, "speculation" if chunk.speculative else "urgent"
-        shared.timeline.add(lane, f"layer {key.layer} expert {key.expert}", kind, job.began, time.perf_counter())
+        shared.timeline.copied(lane, chunk, job.began, time.perf_counter())
     with shared.settled:
         shared.bytes_moved += moved
         return shared.feed is not None and not shared.torn and shared.feed.landed(chunk)
 
 
-def _copy(shared: _Shared, chunk: Chunk) -> int:
-    """Read one chunk into its slot; return the bytes read."""
-    transfer, reader = chunk.transfer, shared.reader
-    image, memory = shared.image(transfer), shared.memory_of_layer[transfer.key.layer]
-    if shared.store.staged(transfer.key.layer):
-        return shared.store.convert(transfer.key, image, memory.slot(transfer.slot), reader)
-    if chunk.begin == 0:
-        for file, offset in image.files.items():
-            reader.check(file, offset)  # opens it anew where it was exchanged for an equal one
-    begin = chunk.begin
-    while begin < chunk.end:
-        index = bisect.bisect_right(image.ends, begin)
-        extent = image.extents[index]
-        skip = begin - (image.ends[index] - extent.nbytes)
-        nbytes = min(chunk.end, image.ends[index]) - begin
-        reader.read_into(
-            extent.file,
-            extent.offset + skip,
-            nbytes,
-            memory.view,
-            transfer.slot * memory.slot_bytes + extent.slot_offset + skip,
-            needed=min(nbytes, extent.needed - skip),
-        )
-        begin += nbytes
-    return chunk.end - chunk.begin
-
-
 def _finish(shared: _Shared, transfer: Transfer) -> None:
     """Put the last bytes in place and report the tensors."""
-    image, memory = shared.image(transfer), shared.memory_of_layer[transfer.key.layer]
-    if not shared.store.staged(transfer.key.layer):
-        for file, offset in image.files.items():
-            # Only a file that is still the same after the last read has surely been the same at the first.
-            shared.reader.check(file, offset)
-        apply_moves(image, memory.slot(transfer.slot))
-    tensors = shared.views(image, memory, transfer.slot)
+    tensors = shared.filler.finish(transfer)
     with shared.settled:
         if shared.feed is not None and not shared.torn:
             if shared.feed.finished(transfer):
@@ -317,4 +255,4 @@ def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(timeout=max(deadline - time.monotonic(), 0.0))
-    shared.reader.close()
+    shared.filler.close()

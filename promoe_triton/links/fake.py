@@ -1,0 +1,188 @@
+"""A link on a virtual clock: any bandwidth, latency, jitter and faults, the same every time. For tests and planning.
+
+Nothing happens at once and nothing by itself: time passes in `wait`, until something arrives, and in `pass_time`,
+which stands for computing. Whether bytes are really copied is up to the filler.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from promoe_triton.chunking import Chunking
+from promoe_triton.errors import PromoeError
+from promoe_triton.links.filling import Filler
+from promoe_triton.links.meter import Meter
+from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
+from promoe_triton.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """What a fake link is like.
+
+    bandwidth: bytes per second, one chunk after the other. latency: seconds from asking for a chunk to its first
+    byte, in which others may be on the wire. jitter: further seconds, by chunk. fault: what a chunk fails with, if
+    it does. Both are asked once per chunk, in the order in which chunks begin.
+    """
+
+    bandwidth: float = 1e9
+    latency: float = 0.0
+    jitter: Callable[[Chunk], float] = lambda chunk: 0.0
+    fault: Callable[[Chunk], BaseException | None] = lambda chunk: None
+
+
+@dataclass(order=True, slots=True)
+class _Landing:
+    at: float
+    order: int
+    chunk: Chunk = field(compare=False)
+    lane: int = field(compare=False)
+    began: float = field(compare=False)
+    error: BaseException | None = field(compare=False)
+
+
+class DryFiller:
+    """Copies nothing, for planning. cuts: how transfers may be cut."""
+
+    def __init__(self, cuts: Callable[[Transfer], Cuts]) -> None:
+        self.cuts = cuts
+
+    def copy(self, chunk: Chunk) -> int:
+        return chunk.end - chunk.begin
+
+    def finish(self, transfer: Transfer) -> ExpertTensors:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class FakeLink:
+    """`depth` chunks in flight on one wire."""
+
+    def __init__(self, filler: Filler, wire: Wire, *, depth: int, chunking: Chunking) -> None:
+        self._filler, self._wire, self._chunking = filler, wire, chunking
+        self._lanes = list(range(depth))
+        self._depth = depth
+        self._feed: Feed | None = None
+        self._time = self._wire_free = 0.0
+        self._begun = self._speculating = 0
+        self._landings: list[_Landing] = []
+        self._arrivals: dict[ExpertKey, ExpertTensors] = {}
+        self._meter = Meter()
+        self._timeline: Timeline | None = None
+        self._closed = False
+        self.bytes_moved = 0
+
+    def now(self) -> float:
+        return self._time
+
+    @property
+    def cuts(self) -> Callable[[Transfer], Cuts]:
+        return self._filler.cuts
+
+    @property
+    def bandwidth(self) -> float:
+        return self._meter.rate
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._meter.busy_seconds
+
+    def record(self, timeline: Timeline | None) -> None:
+        self._timeline = timeline
+
+    def pass_time(self, seconds: float) -> None:
+        """Let so many virtual seconds pass in which nobody waits."""
+        until = self._time + seconds
+        while self._landings and self._landings[0].at <= until:
+            self._land()
+        self._time = until
+
+    def tell(self, event: Callable[[], R]) -> R:
+        if self._closed:
+            raise PromoeError("this link has been closed; patch the model again")
+        result = event()
+        self._begin()
+        return result
+
+    def wait(self, transfers: Sequence[Transfer]) -> Transfer:
+        while (arrived := self.arrived(transfers)) is None:
+            if not self._landings:
+                raise PromoeError(f"nothing is in flight that {transfers[0].name} could come with")
+            self._land()
+        return arrived
+
+    def arrived(self, transfers: Sequence[Transfer]) -> Transfer | None:
+        assert self._feed is not None
+        arrived = next(filter(self._feed.ended, transfers), None)
+        if arrived is not None and (error := self._feed.error(arrived)) is not None:
+            raise PromoeError(f"{arrived.name} could not be read: {error}") from error
+        return arrived
+
+    def arrival(self, key: ExpertKey) -> ExpertTensors | None:
+        return self._arrivals.pop(key, None)
+
+    def drain(self, patience: float) -> bool:
+        self._feed = None
+        until = self._time + patience
+        while self._landings and self._landings[0].at <= until:
+            self._land()
+        if self._landings:
+            self._time = until
+            return False
+        self._arrivals.clear()
+        return True
+
+    def restart(self, feed: Feed) -> None:
+        assert not self._landings
+        self._feed = feed
+        self._begin()
+
+    def close(self) -> None:
+        self._closed, self._feed = True, None
+        self._landings.clear()
+        self._filler.close()
+
+    def _begin(self) -> None:
+        """Put on the wire what there is to copy, as long as lanes are free."""
+        while self._feed is not None and self._lanes:
+            budgets = self._chunking.budgets(self._meter.rate, self._depth, self._speculating)
+            chunk = self._feed.next_chunk(budgets.urgent, budgets.speculative)
+            if chunk is None:
+                return
+            self._speculating += chunk.speculative
+            self._meter.begun(self._time)
+            first_byte = max(self._time + self._wire.latency + self._wire.jitter(chunk), self._wire_free)
+            self._wire_free = first_byte + (chunk.end - chunk.begin) / self._wire.bandwidth
+            self._begun += 1
+            error = self._wire.fault(chunk)
+            lane = self._lanes.pop(0)
+            heapq.heappush(self._landings, _Landing(self._wire_free, self._begun, chunk, lane, self._time, error))
+
+    def _land(self) -> None:
+        """Go to the time at which the next chunk lands."""
+        landing = heapq.heappop(self._landings)
+        chunk, feed = landing.chunk, self._feed
+        self._time = max(self._time, landing.at)
+        moved = 0
+        try:
+            if landing.error is not None:
+                raise landing.error
+            moved = self._filler.copy(chunk)
+            if feed is not None and feed.landed(chunk):
+                tensors = self._filler.finish(chunk.transfer)
+                if feed.finished(chunk.transfer):
+                    self._arrivals[chunk.transfer.key] = tensors
+        except Exception as error:
+            if feed is not None:
+                feed.failed(chunk, error)
+        self.bytes_moved += moved
+        self._speculating -= chunk.speculative
+        self._meter.ended(self._time, moved)
+        self._lanes.append(landing.lane)
+        if self._timeline is not None:
+            self._timeline.copied(f"copy {landing.lane}", chunk, landing.began, self._time)
+        self._begin()

@@ -1,0 +1,101 @@
+"""From the store's bytes to tensors in a slot: what every link does with a chunk, whatever decides when."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from promoe_triton.memory import SlotMemory
+from promoe_triton.protocols import Chunk, Cuts, ExpertTensors, Transfer
+from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
+from promoe_triton.stores.image import SlotImage
+from promoe_triton.stores.reader import FileReader
+
+
+class Filler(Protocol):
+    """What a link copies with."""
+
+    def cuts(self, transfer: Transfer) -> Cuts:
+        """Say how the bytes of a transfer may be cut into chunks."""
+        ...
+
+    def copy(self, chunk: Chunk) -> int:
+        """Copy one chunk into its transfer's slot; return the bytes moved."""
+        ...
+
+    def finish(self, transfer: Transfer) -> ExpertTensors:
+        """Put the last bytes of a complete transfer in place; return its tensors, views of the slot."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SlotFiller:
+    """Reads chunks of experts from a checkpoint into the slots of their layers. Any thread may use it.
+
+    direct: past the page cache.
+    """
+
+    def __init__(self, store: CheckpointStore, memory_of_layer: Sequence[SlotMemory], direct: bool) -> None:
+        self._store = store
+        self._memory_of_layer = memory_of_layer
+        self._reader = FileReader(store.unchanged, direct)
+        self._last_views: dict[tuple[int, int], tuple[Any, ExpertTensors]] = {}
+
+    def image(self, transfer: Transfer) -> SlotImage:
+        return self._store.image(transfer.key, self._reader.direct, transfer.part)
+
+    def cuts(self, transfer: Transfer) -> Cuts:
+        """Cut where one range of the source follows another; what is converted on its way comes whole."""
+        return Cuts(ends=self.image(transfer).ends, whole=self._store.staged(transfer.key.layer))
+
+    def source(self, transfer: Transfer) -> str:
+        """Say where a transfer reads first."""
+        first = self.image(transfer).extents[0]
+        return f"{first.file} at offset {first.offset}"
+
+    def copy(self, chunk: Chunk) -> int:
+        transfer, reader = chunk.transfer, self._reader
+        image, memory = self.image(transfer), self._memory_of_layer[transfer.key.layer]
+        if self._store.staged(transfer.key.layer):
+            return self._store.convert(transfer.key, image, memory.slot(transfer.slot), reader)
+        if chunk.begin == 0:
+            for file, offset in image.files.items():
+                reader.check(file, offset)  # opens it anew where it was exchanged for an equal one
+        begin = chunk.begin
+        while begin < chunk.end:
+            index = bisect.bisect_right(image.ends, begin)
+            extent = image.extents[index]
+            skip = begin - (image.ends[index] - extent.nbytes)
+            nbytes = min(chunk.end, image.ends[index]) - begin
+            reader.read_into(
+                extent.file,
+                extent.offset + skip,
+                nbytes,
+                memory.view,
+                transfer.slot * memory.slot_bytes + extent.slot_offset + skip,
+                needed=min(nbytes, extent.needed - skip),
+            )
+            begin += nbytes
+        return chunk.end - chunk.begin
+
+    def finish(self, transfer: Transfer) -> ExpertTensors:
+        image, memory = self.image(transfer), self._memory_of_layer[transfer.key.layer]
+        if not self._store.staged(transfer.key.layer):
+            for file, offset in image.files.items():
+                # Only a file that is still the same after the last read has surely been the same at the first.
+                self._reader.check(file, offset)
+            apply_moves(image, memory.slot(transfer.slot))
+        return self._views(image, memory, transfer.slot)
+
+    def _views(self, image: SlotImage, memory: SlotMemory, slot: int) -> ExpertTensors:
+        """Return a slot's tensors; most experts of a layer lie in a slot just as the one before them did."""
+        places, tensors = self._last_views.get((id(memory), slot), (None, {}))
+        if places != image.places:
+            places, tensors = image.places, image.views(memory.slot(slot))
+            self._last_views[id(memory), slot] = places, tensors
+        return tensors
+
+    def close(self) -> None:
+        self._reader.close()
