@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,12 +40,6 @@ class Run:
 def load(folder: Path, options: Mapping[str, Any]) -> Any:
     """Return the model in slots, read past the page cache."""
     return promoe_triton.from_pretrained(str(folder), **{"io": "direct"} | dict(options))
-
-
-def drop(model: Any) -> None:
-    """Close a model that is not needed any more, so that its memory is free before the next one is loaded."""
-    promoe_triton.close(model) if hasattr(promoe_triton, "close") else None
-    gc.collect()
 
 
 @torch.inference_mode()

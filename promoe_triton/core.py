@@ -12,7 +12,7 @@ they are for. Positions count layers since the start: layer l of pass p is at p 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from promoe_triton.admission import Admission, place_of
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, Part, Transfer
@@ -37,17 +37,22 @@ class Needs:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of speculation: experts copied ahead that were there in time, or were still on their way.
+    """What became of what was copied ahead for a layer, in experts and bytes.
 
-    Every other one of the issued was wasted, or has yet to prove itself. copied, useful: bytes copied ahead, and
-    those of them that a layer then needed.
+    on_time, late: the layer needed them, and they were there, or still on their way. dropped: it did not, and their
+    copy was given up. evicted: they left their slots before anybody needed them. All others of those issued have yet
+    to prove themselves. copied, useful: bytes copied ahead, and those of them that the layer then needed; unproven:
+    those that may still be needed.
     """
 
     issued: int = 0
     on_time: int = 0
     late: int = 0
+    dropped: int = 0
+    evicted: int = 0
     copied: int = 0
     useful: int = 0
+    unproven: int = 0
 
 
 class Core:
@@ -72,7 +77,7 @@ class Core:
         self.tables = tables
         self.queue = TransferQueue(overtake)
         self.admission = Admission()
-        self.tally = Tally()
+        self._tallies = [Tally() for _ in tables]
         self.position = 0
         self._cuts = cuts
         self._preempt = preempt
@@ -98,7 +103,7 @@ class Core:
         for key in keys:
             used = recent is None or key.expert in recent
             if table.is_ready(key):
-                table.lease(key, used)
+                table.lease(key, recent is None)
                 resident.append(key)
                 self._prove(key)
             else:
@@ -108,6 +113,9 @@ class Core:
                     self._cold.add(key)
                 if not self._reorder:
                     table.make_room(len(missing))
+        for expert in recent or ():
+            if table.is_ready(key := ExpertKey(layer, expert)):
+                table.touch(key)
         if self._reorder:
             # What is furthest on its way comes first: the order of computation is that of arrival.
             missing.sort(key=lambda key: -self._begun(key))
@@ -126,7 +134,13 @@ class Core:
         return Needs(resident=resident, missing=missing, streamed=streamed)
 
     def ask(self, key: ExpertKey, part: Part) -> Transfer:
-        """Make the copy of an expert that a layer waits for urgent, whether it is on its way or not."""
+        """Make the copy of an expert that a layer waits for urgent, whether it is on its way or not.
+
+        One that has come since the gate is leased, and its transfer has ended.
+        """
+        if self.tables[key.layer].is_ready(key):
+            self.tables[key.layer].lease(key)
+            return Transfer(key=key, part=part)
         known = self._on_way.get(key)
         if known is not None and known.part == part and known not in self.queue.errors:
             self.queue.promote(known, URGENT)
@@ -181,8 +195,9 @@ class Core:
                 cuts = self._cuts(transfer)
                 nbytes -= cuts.ends[-1]
                 self._push(transfer, cuts, position)
+                self._note_gone(key)
                 self._unproven[key] = 0
-                self.tally.issued += 1
+                self._tallies[layer].issued += 1
             else:
                 continue
             self._expected[key] = min(position, self._expected.get(key, position))
@@ -195,6 +210,19 @@ class Core:
         done = (self.position - 1) // len(self.tables) if self.position else 0
         position = (done + steps) * len(self.tables) + layer + 1
         return position if position > self.position else position + len(self.tables)
+
+    def tallies(self) -> list[Tally]:
+        """Return what became of what was copied ahead, by layer."""
+        for key in [*self._unproven]:
+            self._note_gone(key)
+        found = [replace(tally) for tally in self._tallies]
+        for key, nbytes in self._unproven.items():
+            found[key.layer].unproven += nbytes
+        return found
+
+    def inherit(self, other: Core) -> None:
+        """Take over what another core has learned and counted."""
+        self.admission, self._tallies = other.admission, other._tallies
 
     def queued(self, position: int) -> int:
         """Bytes that are to be copied ahead of need, until `position`.
@@ -256,27 +284,37 @@ class Core:
             del self._expected[key]
             on_way = self._on_way.get(key)
             if self._preempt and key not in needed and on_way is not None and not self.queue.complete(on_way):
-                self._unproven.pop(key, None)
+                self._tallies[layer].dropped += self._unproven.pop(key, None) is not None
                 self._drop(on_way)
 
     def _prove(self, key: ExpertKey) -> None:
         """Count what speculation did for an expert that a layer needs now."""
-        copied = self._unproven.pop(key, None)
-        if copied is None:
+        if key not in self._unproven or self._note_gone(key):
             return
+        tally = self._tallies[key.layer]
+        tally.useful += self._unproven.pop(key)
         if self.tables[key.layer].is_ready(key):
-            self.tally.on_time += 1
-        elif key in self._on_way:
-            self.tally.late += 1
+            tally.on_time += 1
         else:
-            return  # it was copied, and has left again
-        self.tally.useful += copied
+            tally.late += 1
+
+    def _note_gone(self, key: ExpertKey) -> bool:
+        """Count an expert that was copied ahead and has left before anybody needed it; whether it has."""
+        gone = key in self._unproven and not self._is_coming(key)
+        if gone:
+            del self._unproven[key]
+            self._tallies[key.layer].evicted += 1
+        return gone
+
+    def _is_coming(self, key: ExpertKey) -> bool:
+        return key in self._on_way or self.tables[key.layer].is_ready(key)
 
     def _note_copied(self, chunk: Chunk) -> None:
         key, nbytes = chunk.transfer.key, chunk.end - chunk.begin
-        self.tally.copied += nbytes
+        tally = self._tallies[key.layer]
+        tally.copied += nbytes
         if self.queue.rank(chunk.transfer) == URGENT:
-            self.tally.useful += nbytes  # a layer has come to wait for it meanwhile
+            tally.useful += nbytes  # a layer has come to wait for it meanwhile
         elif key in self._unproven:
             self._unproven[key] += nbytes
 

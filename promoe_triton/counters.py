@@ -4,13 +4,67 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import Any
 
 from promoe_triton.config import format_size
+from promoe_triton.core import Tally
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """What became of the experts that were copied ahead for a layer, or for all; only such as were not in a slot.
+
+    on_time: needed, and there. late: needed, and still on their way. wasted: dropped, or gone from their slots, before
+    they were needed. bytes_copied: ahead of need; bytes_wasted: those of them that were for nothing.
+    """
+
+    on_time: int
+    late: int
+    wasted: int
+    bytes_copied: int
+    bytes_wasted: int
+
+    @classmethod
+    def of(cls, tallies: Iterable[Tally]) -> Ahead:
+        tallies = list(tallies)
+        return cls(
+            on_time=sum(tally.on_time for tally in tallies),
+            late=sum(tally.late for tally in tallies),
+            wasted=sum(tally.dropped + tally.evicted for tally in tallies),
+            bytes_copied=sum(tally.copied for tally in tallies),
+            bytes_wasted=sum(tally.copied - tally.useful - tally.unproven for tally in tallies),
+        )
+
+    @property
+    def experts(self) -> int:
+        return self.on_time + self.late + self.wasted
+
+    @property
+    def accuracy(self) -> float:
+        """The share of them that was needed."""
+        return _share(self.on_time + self.late, self.experts)
+
+    @property
+    def fetch_rate(self) -> float:
+        """The share of those needed that was there in time."""
+        return _share(self.on_time, self.on_time + self.late)
+
+    @property
+    def goodpred(self) -> float:
+        """Accuracy times fetch rate (paper, section on stride prefetching), live, on what would have been missed."""
+        return _share(self.on_time, self.experts)
+
+    def as_dict(self) -> dict[str, Any]:
+        derived = {"accuracy": self.accuracy, "fetch_rate": self.fetch_rate, "goodpred": self.goodpred}
+        return asdict(self) | derived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +76,9 @@ class Stats:
     evictions: experts that left a slot for another.
     bytes_read: bytes the link has copied, with what alignment reads along.
     stall_seconds: time layers waited for copies.
+    copied_ahead: what prefetching did, by layer. Empty without slots.
+    link_seconds: time in which the link was copying, filling the slots at the start left out; run_seconds: the time
+        that all passes took; link_bandwidth: bytes per second while it was copying, lately.
     prefills, decodes: passes over the model: in `generate` the first one is the prefill and all others are
         decode steps; outside it, a pass with a single token is a decode step.
     ttft_seconds: the last prefill, from the start of `generate` to the end of the last MoE layer.
@@ -38,6 +95,10 @@ class Stats:
     evictions: int
     bytes_read: int
     stall_seconds: float
+    copied_ahead: tuple[Ahead, ...]
+    link_seconds: float
+    link_bandwidth: float
+    run_seconds: float
     prefills: int
     decodes: int
     ttft_seconds: float
@@ -45,11 +106,27 @@ class Stats:
 
     @property
     def hit_ratio(self) -> float:
-        accesses = self.hits + self.misses
-        return self.hits / accesses if accesses else float("nan")
+        return _share(self.hits, self.hits + self.misses)
+
+    @property
+    def ahead(self) -> Ahead:
+        """What prefetching did, over all layers."""
+        names = [field.name for field in fields(Ahead)]
+        return Ahead(**{name: sum(getattr(layer, name) for layer in self.copied_ahead) for name in names})
+
+    @property
+    def link_utilisation(self) -> float:
+        """The share of the running time in which the link was copying."""
+        return _share(self.link_seconds, self.run_seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"hit_ratio": self.hit_ratio}
+        derived = {
+            "hit_ratio": self.hit_ratio,
+            "ahead": self.ahead.as_dict(),
+            "link_utilisation": self.link_utilisation,
+            "copied_ahead": [layer.as_dict() for layer in self.copied_ahead],
+        }
+        return asdict(self) | derived
 
     def rows(self) -> list[tuple[str, str]]:
         """Return label and value pairs, for a table a person reads."""
@@ -61,10 +138,30 @@ class Stats:
             ("misses", f"{self.misses}"),
             ("evictions", f"{self.evictions}"),
             ("bytes read", format_size(self.bytes_read)),
-            ("stalled", f"{self.stall_seconds:.3f} s"),
+            *self._rows_ahead(),
+            ("stalled", f"{self.stall_seconds:.3f} s of {self.run_seconds:.3f} s"),
             ("time to first token", f"{self.ttft_seconds * 1e3:.1f} ms"),
             ("time per output token", f"{self.tpot_seconds * 1e3:.2f} ms"),
         ]
+
+    def _rows_ahead(self) -> list[tuple[str, str]]:
+        rows, ahead = [], self.ahead
+        if ahead.experts:
+            rows = [
+                (
+                    "copied ahead",
+                    f"{ahead.experts} experts: {ahead.on_time} on time, {ahead.late} late, {ahead.wasted} wasted "
+                    f"({format_size(ahead.bytes_wasted)})",
+                ),
+                (
+                    "GOODPRED",
+                    f"{ahead.goodpred:.2f}: accuracy {ahead.accuracy:.2f} x fetch rate {ahead.fetch_rate:.2f}, "
+                    "of experts that would have been missed",
+                ),
+            ]
+        if self.link_seconds:
+            rows.append(("link", f"busy {self.link_utilisation:.0%} of the time, {format_size(self.link_bandwidth)}/s"))
+        return rows
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -74,12 +171,14 @@ class Stats:
 
 @dataclass(slots=True)
 class Counters:
-    """Running totals of one patched model. Bounded whatever the length of a generation."""
+    """Running totals of one patched model. Bounded whatever the length of a generation. now: tells the time."""
 
+    now: Callable[[], float] = time.perf_counter
     hits: int = 0
     misses: int = 0
     evictions: int = 0
     stall_seconds: float = 0.0
+    run_seconds: float = 0.0
     prefills: int = 0
     decodes: int = 0
     ttft_seconds: float = float("nan")
@@ -93,7 +192,7 @@ class Counters:
     def generation(self) -> Iterator[None]:
         """Around `generate`: its first pass is the prefill, timed from here, and all others are decode steps."""
         self._generation = True
-        self._began = time.perf_counter()
+        self._began = self.now()
         try:
             yield
         finally:
@@ -103,18 +202,20 @@ class Counters:
     def enter(self, layer: int) -> None:
         """A layer begins; a lower layer than the last one begins a new pass over the model."""
         if (layer <= self._layer or self._layer < 0) and not self._generation:
-            self._began = time.perf_counter()
+            self._began = self.now()
         self._layer = layer
 
     def leave(self, tokens: int) -> None:
         """The last layer ends, and with it a pass over the model with `tokens` tokens."""
-        now = time.perf_counter()
+        now = self.now()
         if (self._ended == 0.0) if self._generation else (tokens > 1):
             self.prefills += 1
-            self.ttft_seconds = now - self._began
+            taken = self.ttft_seconds = now - self._began
         else:
             self.decodes += 1
-            self.step_seconds.append(now - (self._ended or self._began))
+            taken = now - (self._ended or self._began)
+            self.step_seconds.append(taken)
+        self.run_seconds += taken
         self._ended = now if self._generation else 0.0
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from promoe_triton.backends.torch import TorchBackend
 from promoe_triton.budget import Budget, available_memory
 from promoe_triton.config import Config, format_size
 from promoe_triton.core import Core
-from promoe_triton.counters import Counters, Stats
+from promoe_triton.counters import Ahead, Counters, Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.links.disk import DiskLink
@@ -35,7 +36,7 @@ from promoe_triton.waves import Waves
 
 Popularity = Mapping[ExpertKey, float]
 
-RECENT = 4
+RECENT = 16
 """The last tokens of a prompt, whose experts are kept before those of its other tokens."""
 
 
@@ -106,18 +107,18 @@ class LayerRuntime:
             self.uses[expert] += 1
         if self.resident and model.prefetcher is None:
             model.counters.hits += len(call.experts)
-            kernels.up(call, None)
+            self._compute(kernels.up, call, None)
             kernels.activate(call)
-            kernels.down(call, None)
+            self._compute(kernels.down, call, None)
             return kernels.combine(call)
-        now = model.open_link().now
-        began = now()
+        began = model.now()
         model.begin_change()
         try:
             waves = Waves(self, call.experts, _recent(expert_ids_TA) if ids_by_token else None)
             if model.prefetcher is not None:
+                asked = model.now()
                 model.prefetcher.routed(self.index, x_TD, expert_ids_TA if ids_by_token else None, began)
-                model.note("predict", f"layer {self.index} predicts", began, now())
+                model.note("predict", f"layer {self.index} predicts", asked)
             for wave in waves.up():
                 self._compute(kernels.up, call, wave)
             kernels.activate(call)
@@ -130,16 +131,17 @@ class LayerRuntime:
         model.end_change()
         return kernels.combine(call)
 
-    def _compute(self, product: Callable[[Any, Sequence[int]], None], call: Call, wave: Sequence[int]) -> None:
+    def _compute(
+        self, product: Callable[[Any, Sequence[int] | None], None], call: Call, wave: Sequence[int] | None
+    ) -> None:
         model = self.model
         if model.timeline is None:
             product(call, wave)
             return
-        now = model.open_link().now
-        began = now()
+        began = model.now()
         product(call, wave)
-        name = f"layer {self.index} {product.__name__} of {', '.join(map(str, wave))}"
-        model.note("compute", name, began, now())
+        experts = ", ".join(map(str, call.experts if wave is None else wave))
+        model.note("compute", f"layer {self.index} {product.__name__} of {experts}", began)
 
     def place(self, key: ExpertKey) -> None:
         """Let the kernels know where an expert lies, if it has arrived since they last looked."""
@@ -154,9 +156,11 @@ class LayerRuntime:
             self.resident = all(map(table.is_ready, self.keys))
 
 
-def _recent(expert_ids_TA: Tensor) -> set[int] | None:
-    """Return the experts of a prompt's last tokens; None where all tokens count alike."""
-    return set(expert_ids_TA[-RECENT:].flatten().tolist()) if len(expert_ids_TA) >= PROMPT else None
+def _recent(expert_ids_TA: Tensor) -> list[int] | None:
+    """Return the experts of a prompt's last tokens, the last used last; None where all tokens count alike."""
+    if len(expert_ids_TA) < PROMPT:
+        return None
+    return list(dict.fromkeys(expert_ids_TA[-RECENT:].flip(0).flatten().tolist()))[::-1]
 
 
 class ModelRuntime:
@@ -175,7 +179,6 @@ class ModelRuntime:
         self.store = store
         self.budget = budget
         self.backend = TorchBackend()
-        self.counters = Counters()
         self.popularity = popularity
         self.originals: list[dict[str, nn.Parameter]] = []
         self._lock = threading.RLock()
@@ -183,12 +186,15 @@ class ModelRuntime:
         self.link: Link | None = None
         self.prefetcher: Prefetcher | None = None
         self.timeline: Timeline | None = None
+        self._filling_seconds = 0.0
         tables: Sequence[SlotTable | None] = [None] * len(modules)
         if isinstance(store, CheckpointStore):
             self.link = self._open_link(store)
             self.core = self._core(self.link)
             self.link.restart(self.core)
             tables = self.core.tables
+        # The link's clock, not this object's own: two that hold each other would outlive their model.
+        self.counters = Counters(self.link.now) if self.link else Counters()
         self.layers = [
             LayerRuntime(self, index, module, layout, table)
             for index, (module, layout, table) in enumerate(zip(modules, layouts, tables, strict=True))
@@ -270,10 +276,14 @@ class ModelRuntime:
             if alone:
                 self._lock.release()
 
-    def note(self, kind: str, name: str, began: float, ended: float) -> None:
-        """Put a span of the computing thread on the timeline, if one is kept."""
+    def now(self) -> float:
+        """Return the time by the link's clock."""
+        return time.perf_counter() if self.link is None else self.link.now()
+
+    def note(self, kind: str, name: str, began: float) -> None:
+        """Put what ends now on the computing thread's lane of the timeline, if one is kept."""
         if self.timeline is not None:
-            self.timeline.add("compute", name, kind, began, ended)
+            self.timeline.add("compute", name, kind, began, self.now())
 
     def copy_for(self, modules: Sequence[nn.Module]) -> ModelRuntime:
         """Return an independent runtime over the same store, for copies of the same modules."""
@@ -345,7 +355,7 @@ class ModelRuntime:
             return
         self.counters.evictions += self.core.evictions
         core = self._core(self.link)
-        core.admission, core.tally = self.core.admission, self.core.tally
+        core.inherit(self.core)
         for layer, table in zip(self.layers, core.tables, strict=True):
             layer.table, layer.resident = table, False
             for expert in range(layer.layout.experts):
@@ -386,6 +396,7 @@ class ModelRuntime:
         finally:
             progress.close()
         self.end_change()
+        self._filling_seconds = link.busy_seconds
         for layer in self.layers:
             layer.check_resident()
 
@@ -397,6 +408,8 @@ class ModelRuntime:
 
     def stats(self) -> Stats:
         counters = self.counters
+        link = self.link
+        tallies = link.tell(lambda: self.core.tallies()) if link else []
         return Stats(
             experts=sum(layer.layout.experts for layer in self.layers),
             slots=self.budget.slots,
@@ -404,14 +417,24 @@ class ModelRuntime:
             store=self.store.describe(),
             hits=counters.hits,
             misses=counters.misses,
-            evictions=counters.evictions + (self.core.evictions if self.link else 0),
-            bytes_read=self.link.bytes_moved if self.link else 0,
+            evictions=counters.evictions + (self.core.evictions if link else 0),
+            bytes_read=link.bytes_moved if link else 0,
             stall_seconds=counters.stall_seconds,
+            copied_ahead=tuple(Ahead.of([tally]) for tally in tallies),
+            link_seconds=link.busy_seconds - self._filling_seconds if link else 0.0,
+            link_bandwidth=link.bandwidth if link else 0.0,
+            run_seconds=counters.run_seconds,
             prefills=counters.prefills,
             decodes=counters.decodes,
             ttft_seconds=counters.ttft_seconds,
             tpot_seconds=counters.tpot_seconds,
         )
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Keep a timeline of computing and copying from now on; None: keep none."""
+        self.timeline = timeline
+        if self.link is not None:
+            self.link.record(timeline)
 
     def close(self) -> None:
         """Stop the link and let go of layers and slots. Idempotent."""

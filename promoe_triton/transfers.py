@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 
 from promoe_triton.protocols import Chunk, Transfer, round_up
@@ -23,10 +23,15 @@ class _Progress:
     landed: int = 0
     in_flight: int = 0
     stopped: bool = False
+    again: list[Chunk] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         return self.ends[-1]
+
+    @property
+    def handed_out(self) -> bool:
+        return self.cursor == self.nbytes and not self.again
 
 
 def _urgency(item: tuple[Transfer, _Progress]) -> tuple[int, int]:
@@ -86,25 +91,30 @@ class TransferQueue:
         if len(waiting) > 1:
             waiting.sort(key=self._order)
         for transfer, progress in waiting:
+            most = budget
             if progress.rank != URGENT and speculative_budget is not None:
                 if not speculative_budget:
-                    return None
-                budget = min(budget, speculative_budget)
-            if progress.cursor or start(transfer, progress.rank):
-                return self._cut(transfer, progress, budget)
+                    continue
+                most = min(budget, speculative_budget)
+            # `start` may have stopped another one to make room.
+            if transfer in self._waiting and (progress.cursor or start(transfer, progress.rank)):
+                return self._cut(transfer, progress, most)
         return None
 
     def _cut(self, transfer: Transfer, progress: _Progress, budget: int) -> Chunk:
         begin = progress.cursor
-        if progress.whole:
+        if progress.again:
+            failed = progress.again.pop()
+            begin, end = failed.begin, failed.end
+        elif progress.whole:
             end = progress.nbytes
         else:
             left = progress.ends[bisect.bisect_right(progress.ends, begin)] - begin
             # Chunks of equal size: a small last one costs nearly as much as a large one.
             end = begin + min(left, budget, round_up(ceil(left / ceil(left / budget))))
-        progress.cursor = end
+        progress.cursor = max(progress.cursor, end)
         progress.in_flight += 1
-        if end == progress.nbytes:
+        if progress.handed_out:
             del self._waiting[transfer]
         return Chunk(transfer=transfer, begin=begin, end=end, speculative=progress.rank != URGENT)
 
@@ -120,7 +130,13 @@ class TransferQueue:
         self._progress[transfer].in_flight -= 1
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
-        self._progress[chunk.transfer].in_flight -= 1
+        """Stop a transfer for this error; but what failed while nobody waited for it is handed out once more."""
+        progress = self._progress[chunk.transfer]
+        progress.in_flight -= 1
+        if chunk.speculative and progress.rank == URGENT and not progress.stopped:
+            progress.again.append(chunk)
+            self._waiting[chunk.transfer] = progress
+            return
         self.errors.setdefault(chunk.transfer, error)
         self.stop(chunk.transfer)
 
@@ -133,7 +149,7 @@ class TransferQueue:
         progress.rank = rank if progress.stopped else min(progress.rank, rank)
         if progress.stopped and transfer not in self.errors:
             progress.stopped = False
-            if progress.cursor < progress.nbytes:
+            if not progress.handed_out:
                 self._waiting[transfer] = progress
 
     def stop(self, transfer: Transfer) -> None:
@@ -149,9 +165,9 @@ class TransferQueue:
         return self._progress[transfer].cursor
 
     def left(self, transfer: Transfer) -> int:
-        """Bytes that were not handed out yet."""
+        """Bytes that were not handed out yet, or have to be once more."""
         progress = self._progress[transfer]
-        return progress.nbytes - progress.cursor
+        return progress.nbytes - progress.cursor + sum(chunk.end - chunk.begin for chunk in progress.again)
 
     def complete(self, transfer: Transfer) -> bool:
         progress = self._progress[transfer]

@@ -118,11 +118,10 @@ class Waves:
 
     def _wait(self, transfers: Sequence[Transfer]) -> Transfer:
         model = self._layer.model
-        began = self._link.now()
+        began = model.now()
         transfer = self._link.wait(transfers)
-        ended = self._link.now()
-        model.counters.stall_seconds += ended - began
-        model.note("stall", f"layer {self._layer.index} waits", began, ended)
+        model.counters.stall_seconds += model.now() - began
+        model.note("stall", f"layer {self._layer.index} waits", began)
         return transfer
 
     def _compute(self, arrived: Transfer) -> Iterator[list[int]]:

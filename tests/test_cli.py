@@ -144,6 +144,17 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(model: Path) -
         assert label in result.stderr
 
 
+def test_generate_writes_a_timeline(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    options = ("generate", model, "--prompt", PROMPT, "--slots", "0.5", "--max-new-tokens", "9")
+    answer = call_json(*options, "--timeline", file, "--predictor", "gate", "--bandwidth", "10MB/s")
+    assert answer["ids"] == call_json(*options)["ids"]
+    lanes = {e["args"]["name"] for e in json.loads(file.read_text())["traceEvents"] if e["name"] == "thread_name"}
+    assert {"compute", "copy 0"} <= lanes
+    assert answer["stats"]["ahead"]["on_time"] > 0
+    assert len(answer["stats"]["copied_ahead"]) == LAYERS
+
+
 def test_generate_one_token_has_no_time_per_token(model: Path) -> None:
     answer = call_json("generate", model, "--prompt", PROMPT, "--max-new-tokens", "1")
     assert answer["stats"]["tpot_seconds"] is None
@@ -187,6 +198,9 @@ def test_generate_applies_the_chat_template_only_when_asked(model: Path, tmp_pat
         (("--prompt", "a", "--top-k", "0"), 2, "top-k must be"),
         (("--prompt", "a", "--io", "fast"), 2, "io must be one of"),
         (("--prompt", "a", "--policy", "fifo"), 2, "policy must be one of"),
+        (("--prompt", "a", "--predictor", "tarot"), 2, "predictor must be one of"),
+        (("--prompt", "a", "--bandwidth", "fast"), 2, "a size is a number with a unit"),
+        (("--prompt", "a", "--timeline", "no/such/folder"), 2, "there is no folder"),
         (("--prompt", "a", "--dtype", "int8"), 2, "dtype must be one of"),
         (("--prompt", "a", "--chat"), 2, "no chat template"),
         (("--frobnicate",), 2, "No such option"),

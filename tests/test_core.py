@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 from typing import Any, cast
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from promoe_triton.core import Core, Needs
+from promoe_triton.core import Core, Needs, Tally
 from promoe_triton.policies import make_policy
 from promoe_triton.protocols import PAGE, Chunk, Cuts, ExpertKey, Part, Transfer
 from promoe_triton.slots import SlotTable
@@ -26,11 +27,17 @@ def cuts(transfer: Transfer) -> Cuts:
     return Cuts(ends=ends, whole=transfer.key.layer == LAYERS - 1)
 
 
-def make_core(slots: list[int], shared: bool = False, preempt: bool = True, reorder: bool = True) -> Core:
+def make_core(slots: list[int], shared: bool = False, **techniques: bool) -> Core:
     tables = [SlotTable(range(n), make_policy("lru", {})) for n in slots]
     if shared:
         tables = [SlotTable(range(sum(slots)), make_policy("lru", {}))] * len(slots)
-    return Core(tables, cuts, preempt=preempt, reorder=reorder)
+    return Core(tables, cuts, **techniques)
+
+
+def total(core: Core) -> Tally:
+    """What became of what was copied ahead, over all layers."""
+    tallies = core.tallies()
+    return Tally(**{field.name: sum(getattr(tally, field.name) for tally in tallies) for field in fields(Tally)})
 
 
 def drive(core: Core, budget: int = PAGE) -> Transfer | None:
@@ -49,13 +56,16 @@ class Driven(RuleBasedStateMachine):
     @initialize(
         slots=st.lists(st.integers(1, 6), min_size=LAYERS, max_size=LAYERS),
         shared=st.booleans(),
+        overtake=st.booleans(),
         preempt=st.booleans(),
         reorder=st.booleans(),
     )
-    def open(self, slots: list[int], shared: bool, preempt: bool, reorder: bool) -> None:
-        self.core = make_core(slots, shared, preempt, reorder)
-        self.preempt = preempt
+    def open(self, slots: list[int], shared: bool, overtake: bool, preempt: bool, reorder: bool) -> None:
+        self.core = make_core(slots, shared, overtake=overtake, preempt=preempt, reorder=reorder)
+        self.overtake, self.preempt = overtake, preempt
         self.out: list[Chunk] = []
+        self.unlucky = False
+        self.lost: list[tuple[Transfer, int, int]] = []
         self.touching: list[Transfer] = []
         self.given: Counter[Transfer] = Counter()
         self.layer = -1
@@ -73,9 +83,9 @@ class Driven(RuleBasedStateMachine):
     )
     def predict(self, layer: int, steps: int, experts: list[int], room: int) -> None:
         keys = [ExpertKey(layer, expert) for expert in experts]
-        before = self.core.tally.issued
+        before = total(self.core).issued
         self.core.predict(self.core.position_of(layer, steps), keys, room * PAGE)
-        issued = self.core.tally.issued - before
+        issued = total(self.core).issued - before
         assert issued == 0 or (issued - 1) * PAGES[Part.WHOLE] < room, "all but the last fit"
 
     @rule(budget=st.integers(1, 5), speculative=st.integers(0, 5) | st.none())
@@ -87,13 +97,16 @@ class Driven(RuleBasedStateMachine):
         if chunk.speculative and speculative is not None and not cuts(chunk.transfer).whole:
             assert chunk.end - chunk.begin <= min(budget, speculative) * PAGE
         transfer = chunk.transfer
-        assert chunk.begin == self.given[transfer], "every byte once, in order"
-        self.given[transfer] = chunk.end
+        if (transfer, chunk.begin, chunk.end) in self.lost:
+            self.lost.remove((transfer, chunk.begin, chunk.end))
+        else:
+            assert chunk.begin == self.given[transfer], "every byte once, in order"
+            self.given[transfer] = chunk.end
         table = self.core.tables[transfer.key.layer]
         assert table.slot_of(transfer.key) == transfer.slot, "what is written is occupied"
         assert not table.is_ready(transfer.key), "and nobody reads it"
         queue = self.core.queue
-        if queue.rank(transfer) != URGENT:
+        if queue.rank(transfer) != URGENT and (self.overtake or chunk.begin == 0):
             passed_over = [t for t in queue if queue.rank(t) == URGENT and not queue.stopped(t) and queue.left(t)]
             assert all(t.slot == -1 for t in passed_over), "speculation goes only where nothing urgent can"
         self.out.append(chunk)
@@ -114,13 +127,22 @@ class Driven(RuleBasedStateMachine):
         assert self.core.finished(transfer) is not dropped
         assert self.core.tables[transfer.key.layer].is_ready(transfer.key) is not dropped
 
-    @precondition(lambda self: any(self.core.queue.rank(chunk.transfer) != URGENT for chunk in self.out))
+    @precondition(lambda self: any(chunk.speculative for chunk in self.out))
     @rule()
     def fail(self) -> None:
-        """A copy that nobody waits for yet."""
-        chunk = next(chunk for chunk in self.out if self.core.queue.rank(chunk.transfer) != URGENT)
+        self.fail_with(next(chunk for chunk in self.out if chunk.speculative))
+
+    def fail_with(self, chunk: Chunk) -> None:
+        """A copy that nobody waited for when it began."""
         self.out.remove(chunk)
+        queue = self.core.queue
+        if queue.rank(chunk.transfer) == URGENT and not queue.stopped(chunk.transfer):
+            self.lost.append((chunk.transfer, chunk.begin, chunk.end))
         self.core.failed(chunk, OSError("mine"))
+
+    @rule()
+    def luck_turns(self) -> None:
+        self.unlucky = not self.unlucky
 
     # Calls of layers, in the order of a forward.
 
@@ -134,6 +156,8 @@ class Driven(RuleBasedStateMachine):
                 return done
             if self.touching:
                 self.finish()
+            elif self.out and self.unlucky and self.out[-1].speculative:
+                self.fail_with(self.out[-1])
             elif self.out:
                 chunk = self.out.pop()
                 if self.core.landed(chunk):
@@ -154,9 +178,12 @@ class Driven(RuleBasedStateMachine):
         table = core.tables[self.layer]
         needs = core.gate(self.layer, experts, recent)
         self.check(needs, experts)
-        up = [core.ask(key, Part.WHOLE) for key in needs.missing] + [core.ask(key, Part.UP) for key in needs.streamed]
-        computed = [key.expert for key in needs.resident]
-        while up:
+        asked = [(key, Part.WHOLE) for key in needs.missing] + [(key, Part.UP) for key in needs.streamed]
+        at_once = len(asked) if self.preempt else 1
+        computed, up = [key.expert for key in needs.resident], []
+        while asked or up:
+            up += [core.ask(*each) for each in asked[:at_once]]
+            asked = asked[at_once:]
             computed.append(self.arrived(self.settle(up)))
         assert sorted(computed) == sorted(experts), "every expert once"
         kept = [*needs.resident, *needs.missing]
@@ -199,8 +226,10 @@ class Driven(RuleBasedStateMachine):
         assert len(core._expected) <= LAYERS * EXPERTS
         assert len(core._unproven) <= LAYERS * EXPERTS
         assert len(core._cold) <= LAYERS * EXPERTS
-        assert 0 <= core.tally.useful <= core.tally.copied
-        assert core.tally.on_time + core.tally.late <= core.tally.issued
+        tally = total(core)
+        assert tally.useful >= 0
+        assert tally.useful + tally.unproven <= tally.copied
+        assert tally.on_time + tally.late + tally.dropped + tally.evicted <= tally.issued
 
     def teardown(self) -> None:
         """When all has landed, every slot is ready or free and every lease given back."""
@@ -249,6 +278,15 @@ def test_an_urgent_copy_overtakes_and_the_half_done_one_goes_on() -> None:
     assert order[6:] == [ahead] * 5 + [None], "five of six pages were left"
 
 
+def test_nothing_overtakes_where_chunks_are_off() -> None:
+    core = make_core([4, 4, 4], overtake=False)
+    core.predict(core.position_of(1, 0), [ExpertKey(1, 0)], 100 * PAGE)
+    ahead = drive(core)
+    core.gate(0, [1])
+    urgent = core.ask(ExpertKey(0, 1), Part.WHOLE)
+    assert [drive(core) for _ in range(6)] == [ahead] * 5 + [urgent]
+
+
 def test_stale_speculation_is_dropped_and_its_slot_free() -> None:
     core = make_core([4, 4, 4])
     core.predict(core.position_of(0, 0), [ExpertKey(0, 1), ExpertKey(0, 2)], 100 * PAGE)
@@ -261,7 +299,7 @@ def test_stale_speculation_is_dropped_and_its_slot_free() -> None:
     assert core.tables[0].slot_of(ExpertKey(0, 1)) is not None, "bytes are still on their way into it"
     assert core.landed(chunk) is False
     assert core.tables[0].slot_of(ExpertKey(0, 1)) is None
-    assert (core.tally.issued, core.tally.late) == (2, 1)
+    assert (total(core).issued, total(core).late) == (2, 1)
 
 
 def test_what_has_come_furthest_comes_first() -> None:
@@ -273,7 +311,7 @@ def test_what_has_come_furthest_comes_first() -> None:
     needs = core.gate(0, [0, 1, 2, 3])
     assert [key.expert for key in needs.resident] == [3]
     assert [key.expert for key in needs.missing] == [1, 0, 2]
-    assert (core.tally.on_time, core.tally.late) == (1, 1)
+    assert (total(core).on_time, total(core).late) == (1, 1)
 
 
 @pytest.mark.parametrize(("position", "stays"), [(1, True), (3, False)], ids=["sooner", "later"])
@@ -302,7 +340,7 @@ def test_a_prediction_that_comes_true_twice_counts_once() -> None:
         pass
     fill(core, 0, [0])
     fill(core, 0, [0])
-    assert core.tally.on_time == 1
+    assert total(core).on_time == 1
 
 
 def test_a_predicted_resident_expert_counts_as_used() -> None:
@@ -365,7 +403,7 @@ def test_a_way_that_does_not_come_true_is_given_up_and_wins_trust_again() -> Non
     core = make_core([8, 8, 8])
 
     def issued(right: bool, rounds: int) -> int:
-        before = core.tally.issued
+        before = total(core).issued
         for i in range(rounds):
             core.predict(core.position_of(0, 0), [ExpertKey(0, 10 + i % 40)], 100 * PAGE, way="mine")
             needs = core.gate(0, [10 + i % 40 if right else 3])
@@ -374,7 +412,7 @@ def test_a_way_that_does_not_come_true_is_given_up_and_wins_trust_again() -> Non
             while drive(core) is not None:
                 pass
             core.release([*needs.resident, *needs.missing])
-        return core.tally.issued - before
+        return total(core).issued - before
 
     assert issued(False, 50) < 10
     assert issued(False, 20) == 0
@@ -388,9 +426,9 @@ def test_bytes_copied_ahead_are_useful_where_they_are_needed() -> None:
     for _ in range(8):
         drive(core)
     needs = core.gate(0, [0, 1])
-    assert (core.tally.copied, core.tally.useful) == (8 * PAGE, 8 * PAGE), "all of 0 and two pages of 1"
+    assert (total(core).copied, total(core).useful) == (8 * PAGE, 8 * PAGE), "all of 0 and two pages of 1"
     core.ask(needs.missing[0], Part.WHOLE)
     while drive(core) is not None:
         pass
-    assert (core.tally.copied, core.tally.useful) == (8 * PAGE, 8 * PAGE), "the rest of 1 was waited for"
-    assert (core.tally.issued, core.tally.on_time, core.tally.late) == (3, 1, 1)
+    assert (total(core).copied, total(core).useful) == (8 * PAGE, 8 * PAGE), "the rest of 1 was waited for"
+    assert (total(core).issued, total(core).on_time, total(core).late) == (3, 1, 1)

@@ -42,9 +42,11 @@ def test_names() -> None:
         "Config",
         "PromoeError",
         "Stats",
+        "Timeline",
         "__version__",
         "from_pretrained",
         "patch",
+        "record_timeline",
         "save_profile",
         "stats",
         "unpatch",
@@ -68,7 +70,7 @@ def test_patch_is_the_function_under_every_import_order(order: str) -> None:
 
 @pytest.mark.parametrize("name", PURE)
 def test_the_pure_part_knows_nothing_of_devices_threads_and_files(name: str) -> None:
-    allowed = {"promoe_triton." + other for other in (*PURE, "layout")}
+    allowed = {"promoe_triton." + other for other in (*PURE, "layout", "timeline")}
     ours = {module for module in imports(PACKAGE / f"{name}.py") if module.startswith("promoe_triton.")}
     assert all(any(module.startswith(prefix) for prefix in allowed) for module in ours)
     assert not imports(PACKAGE / f"{name}.py") & {"os", "time", "mmap", "ctypes", "transformers"}

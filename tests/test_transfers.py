@@ -34,6 +34,7 @@ class Expected:
     cursor: int = 0
     landed: int = 0
     out: list[Chunk] = field(default_factory=list)
+    again: list[Chunk] = field(default_factory=list)
     stopped: bool = False
     touching: bool = False
     error: BaseException | None = None
@@ -44,7 +45,7 @@ class Expected:
 
     @property
     def waiting(self) -> bool:
-        return self.cursor < self.nbytes and not self.stopped
+        return (self.cursor < self.nbytes or bool(self.again)) and not self.stopped
 
     @property
     def settled(self) -> bool:
@@ -52,9 +53,9 @@ class Expected:
 
 
 class Queue(RuleBasedStateMachine):
-    @initialize()
-    def open(self) -> None:
-        self.queue = TransferQueue()
+    @initialize(overtake=st.booleans())
+    def open(self, overtake: bool) -> None:
+        self.queue, self.overtake = TransferQueue(overtake), overtake
         self.slots = True  # whether there is one for a transfer that begins
         self.known: list[Expected] = []  # in the order of `push`
         self.gone: list[Transfer] = []
@@ -81,11 +82,12 @@ class Queue(RuleBasedStateMachine):
         self.queue.push(transfer, ends, rank, whole)
         self.known.append(Expected(transfer, ends, whole, rank))
 
-    @rule(budget=st.integers(1, 20), speculative=st.integers(1, 20) | st.none())
+    @rule(budget=st.integers(1, 20), speculative=st.integers(0, 20) | st.none())
     def next_chunk(self, budget: int, speculative: int | None) -> None:
         chunk = self.queue.next_chunk(budget, speculative, self.start)
         ready = [e for e in self.known if e.waiting and (e.cursor or self.slots or e.rank == URGENT)]
-        first = min(ready, key=lambda expected: expected.rank, default=None)
+        ready = [e for e in ready if e.rank == URGENT or speculative != 0]
+        first = min(ready, key=lambda e: (not self.overtake and not e.cursor, e.rank), default=None)
         if first is not None and first.rank != URGENT and speculative is not None:
             budget = min(budget, speculative)
         if first is None:
@@ -93,6 +95,11 @@ class Queue(RuleBasedStateMachine):
             return
         assert chunk is not None
         assert chunk.transfer is first.transfer
+        if first.again:
+            lost = first.again.pop()
+            assert (chunk.begin, chunk.end, chunk.speculative) == (lost.begin, lost.end, first.rank != URGENT)
+            first.out.append(chunk)
+            return
         assert chunk.begin == first.cursor
         if first.whole:
             assert chunk.end == first.nbytes
@@ -128,6 +135,9 @@ class Queue(RuleBasedStateMachine):
         error = OSError(f"at {chunk.begin}")
         self.queue.failed(chunk, error)
         expected.out.remove(chunk)
+        if chunk.speculative and expected.rank == URGENT and not expected.stopped:
+            expected.again.append(chunk)
+            return
         expected.stopped = True
         expected.error = expected.error or error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 import promoe_triton
 from promoe_triton.cli.generation import Sampling, check_dtype, encode, load_tokenizer, parse_slots, read_prompt, run
 from promoe_triton.cli.output import print_json, print_pairs
-from promoe_triton.config import Config
+from promoe_triton.config import PREDICTORS, Config
 from promoe_triton.policies import POLICIES
 
 
@@ -35,6 +36,19 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.", show_default="another each time")] = None,
     io: Annotated[str, typer.Option(help="How experts are read: auto, buffered or direct.")] = "auto",
     policy: Annotated[str, typer.Option(help=f"Which expert leaves: {', '.join(POLICIES)}.")] = "lru",
+    predictor: Annotated[
+        str, typer.Option(help=f"What says which experts to copy ahead: {', '.join(PREDICTORS)}.")
+    ] = "auto",
+    bandwidth: Annotated[
+        str | None, typer.Option(help="Read no faster than this (1.5GB/s).", show_default="what the disk gives")
+    ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Write a trace of computing, copying and waiting, for Perfetto or chrome://tracing.",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
@@ -43,14 +57,25 @@ def generate(
 
     The text goes to stdout as it is generated, statistics go to stderr.
     """
-    config = Config(slots=parse_slots(slots), io=io, policy=policy)  # type: ignore[arg-type]  # Config checks io
+    config = Config(
+        slots=parse_slots(slots),
+        io=io,  # type: ignore[arg-type]  # Config checks it
+        policy=policy,
+        predictor=predictor,
+        bandwidth=bandwidth,
+    )
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     check_dtype(dtype)
+    if timeline is not None and not timeline.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {timeline.parent} to write a timeline to")
     text = read_prompt(prompt, file)
     tokenizer = load_tokenizer(model)
     ids = encode(tokenizer, text, chat=chat)
     patched = promoe_triton.from_pretrained(model, config, dtype=dtype)
-    result = run(patched, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling, stream=not as_json)
+    with promoe_triton.record_timeline(patched) if timeline else nullcontext() as spans:
+        result = run(patched, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling, stream=not as_json)
+    if timeline is not None and spans is not None:
+        spans.save(timeline)
     if as_json:
         print_json({"model": model, "prompt": text, "greedy": sampling.greedy, **result.as_dict()})
     else:

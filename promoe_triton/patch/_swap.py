@@ -6,7 +6,8 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ from promoe_triton.stores.host import HostStore
 from promoe_triton.stores.resolve import checkpoint_files
 from promoe_triton.stores.safetensors_files import read_headers
 from promoe_triton.stores.spool import spool
+from promoe_triton.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -429,6 +431,20 @@ def _original(runtime: ModelRuntime, index: int, name: str, meta: nn.Parameter |
 def stats(model: nn.Module) -> Stats:
     """Return what a patched model has done so far. Raises PromoeError for a model that is not patched."""
     return _runtime(model).stats()
+
+
+@contextmanager
+def record_timeline(model: nn.Module) -> Iterator[Timeline]:
+    """Record what is computed, copied and waited for inside the block: the last 200 000 spans.
+
+    `Timeline.save` writes them as a trace for chrome://tracing and Perfetto.
+    """
+    runtime, timeline = _runtime(model), Timeline()
+    runtime.record(timeline)
+    try:
+        yield timeline
+    finally:
+        runtime.record(None)
 
 
 def _runtime(model: nn.Module) -> ModelRuntime:

@@ -1,0 +1,349 @@
+"""Copying ahead changes when things happen, never what is computed; and what it brings on a link known exactly."""
+
+from __future__ import annotations
+
+import gc
+import random
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import promoe_triton
+from promoe_triton import PromoeError, Stats, runtime
+from promoe_triton.chunking import Chunking
+from promoe_triton.demo import MODEL
+from promoe_triton.links.fake import FakeLink, Wire
+from promoe_triton.links.filling import SlotFiller
+from promoe_triton.memory import SlotMemory
+from promoe_triton.protocols import Chunk, Observation, Prediction, Seam
+from promoe_triton.stores.checkpoint import CheckpointStore
+from promoe_triton.techniques import ABLATION
+from promoe_triton.transfers import URGENT
+
+LAYERS, EXPERTS, TOP = 4, 8, 2
+PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+STEPS = 6
+
+
+def build() -> Any:
+    """In bf16, whose products do not depend on where the loader has put the weights (those of fp32 do)."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        initializer_range=0.3,
+    )
+    model = Qwen3MoeForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("moe")
+    build().save_pretrained(place, max_shard_size="40KB")
+    return place
+
+
+@torch.no_grad()
+def logits(model: Any, prompt: Tensor = PROMPT) -> list[Tensor]:
+    """Of a prompt, and of each token decoded greedily after it."""
+    out = model(prompt, use_cache=True)
+    found = [out.logits]
+    for _ in range(STEPS):
+        out = model(found[-1][:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits)
+    return found
+
+
+@pytest.fixture(scope="module")
+def want() -> list[Tensor]:
+    return logits(build())
+
+
+def equal(found: list[Tensor], want: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+class Faked:
+    """Puts fake links in place of disk links; `links` are those made so far."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.links: list[FakeLink] = []
+
+    def __call__(
+        self,
+        store: CheckpointStore,
+        memory_of_layer: Sequence[SlotMemory],
+        *,
+        direct: bool,
+        depth: int,
+        chunking: Chunking,
+        timeout: float,
+        limit: float | None,
+    ) -> FakeLink:
+        filler = SlotFiller(store, memory_of_layer, direct)
+        self.links.append(FakeLink(filler, self.wire, depth=depth, chunking=chunking))
+        return self.links[-1]
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, **wire: Any) -> Faked:
+    made = Faked(Wire(**wire))
+    monkeypatch.setattr(runtime, "DiskLink", made)
+    return made
+
+
+def computing(model: Any, link: FakeLink, seconds: float) -> None:
+    """Let so many virtual seconds pass before each layer's attention."""
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: link.pass_time(seconds))
+
+
+class Names:
+    """A predictor that names whatever it is told to, for any layer and any number of tokens ahead."""
+
+    def __init__(self, choose: Callable[[], Prediction]) -> None:
+        self._choose = choose
+
+    def predict(self, seen: Observation) -> Sequence[Prediction]:
+        return [self._choose() for _ in range(2)]
+
+
+def anything(seed: int) -> Names:
+    rng = random.Random(seed)
+
+    def choose() -> Prediction:
+        experts = torch.tensor([rng.randrange(EXPERTS + 2) for _ in range(rng.randrange(6))], dtype=torch.int64)
+        scores = torch.zeros(len(experts))
+        return Prediction(layer=rng.randrange(LAYERS), steps=rng.randrange(3), expert_ids=experts, scores=scores)
+
+    return Names(choose)
+
+
+class TestTheOutputIsTheSame:
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_whatever_is_predicted_and_however_the_link_behaves(
+        self, data: st.DataObject, folder: Path, want: list[Tensor]
+    ) -> None:
+        draw = data.draw
+        seed = draw(st.integers(0, 9), label="seed")
+        rng = random.Random(seed)
+        faults = draw(st.sampled_from([0.0, 0.3]), label="faults of speculation")
+        named = st.sampled_from(["auto", "gate", "history", "token", "random", "none"])
+        predictor = draw(named | st.builds(anything, st.integers(0, 9)), label="predictor")
+        wire = {
+            "bandwidth": draw(st.sampled_from([1e6, 1e8, 1e12]), label="bandwidth"),
+            "latency": draw(st.sampled_from([0.0, 1e-3]), label="latency"),
+            "jitter": lambda chunk: rng.random() * 1e-3,
+            "fault": lambda chunk: OSError("bad luck") if chunk.speculative and rng.random() < faults else None,
+        }
+        options = {
+            "slots": draw(st.sampled_from([1, 3, LAYERS, 2 * LAYERS, 5 * LAYERS, LAYERS * EXPERTS]), label="slots"),
+            "policy": draw(st.sampled_from(["lru", "lfru", "static"]), label="policy"),
+            "partition": draw(st.sampled_from(["auto", "global"]), label="partition"),
+            "chunking": draw(st.sampled_from(["adaptive", "fixed", "tensor", "expert"]), label="chunking"),
+            "chunk": draw(st.sampled_from([4096, 1 << 20]), label="chunk"),
+            "depth": draw(st.integers(1, 4), label="depth"),
+            "ablation": draw(st.sampled_from(sorted(ABLATION)), label="ablation"),
+            "distance": draw(st.integers(1, 5), label="distance"),
+            "width": draw(st.sampled_from([None, 1, EXPERTS]), label="width"),
+        }
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            made = faked(monkeypatch, **wire)
+            model = promoe_triton.from_pretrained(folder, predictor=predictor, **options)
+            if made.links:
+                computing(model, made.links[0], draw(st.sampled_from([0.0, 1e-3]), label="computing"))
+            assert equal(logits(model), want)
+            assert equal(logits(model), want)
+
+    @pytest.mark.parametrize("ablation", ABLATION)
+    def test_at_every_step_of_the_ablation_from_a_real_disk(
+        self, ablation: str, folder: Path, want: list[Tensor]
+    ) -> None:
+        for slots in (3, 2 * LAYERS, LAYERS * EXPERTS - 2):
+            model = promoe_triton.from_pretrained(folder, slots=slots, ablation=ablation, io="direct")
+            assert equal(logits(model), want)
+
+
+class TestFaults:
+    def test_what_a_layer_waits_for_fails_with_an_error_and_the_next_call_works(
+        self, folder: Path, want: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        broken = [False]
+        faked(monkeypatch, fault=lambda chunk: OSError(5, "bad sector") if broken[0] else None)
+        model = promoe_triton.from_pretrained(folder, slots=2 * LAYERS, predictor="gate")
+        for _ in range(3):
+            broken[0] = True
+            with pytest.raises(PromoeError, match=r"expert \d of MoE layer \d could not be read: .*bad sector"):
+                logits(model)
+            broken[0] = False
+            assert equal(logits(model), want)
+
+    def test_an_interruption_while_something_is_copied_ahead(
+        self, folder: Path, want: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ctrl-C between any two chunks."""
+        for at in range(0, 60, 7):
+            left = [-1]
+
+            def interrupt(chunk: Chunk, left: list[int] = left) -> float:
+                left[0] -= 1
+                if left[0] == 0:
+                    signal.raise_signal(signal.SIGINT)
+                return 0.0
+
+            faked(monkeypatch, bandwidth=1e8, jitter=interrupt)
+            model = promoe_triton.from_pretrained(folder, slots=3 * LAYERS, predictor="gate", depth=2)
+            left[0] = at + 1
+            with pytest.raises(KeyboardInterrupt):
+                [logits(model) for _ in range(9)]
+            assert equal(logits(model), want)
+
+    @torch.no_grad()
+    def test_two_models_do_not_disturb_each_other(self, folder: Path, want: list[Tensor]) -> None:
+        first = promoe_triton.from_pretrained(folder, slots=2 * LAYERS, predictor="gate")
+        second = promoe_triton.from_pretrained(folder, slots=3 * LAYERS, predictor="history")
+        assert equal(logits(first), want)
+        assert promoe_triton.stats(second).run_seconds == 0.0
+        out, other = first(PROMPT, use_cache=True), second(PROMPT, use_cache=True)
+        for _ in range(STEPS):  # a step of each in turn
+            token = out.logits[:, -1:].argmax(-1)
+            out = first(token, past_key_values=out.past_key_values, use_cache=True)
+            other = second(token, past_key_values=other.past_key_values, use_cache=True)
+            assert torch.equal(out.logits, other.logits)
+        promoe_triton.unpatch(first)
+        assert equal(logits(second), want)
+
+    def test_nothing_grows(self, folder: Path) -> None:
+        model = promoe_triton.from_pretrained(folder, slots=3 * LAYERS, predictor="gate")
+        core = model._promoe_runtime.core
+
+        def sizes() -> list[int]:
+            core.tallies()
+            own = (core._expected, core._unproven, core._on_way, core._cold, core.queue._progress)
+            return [len(held) for held in own] + [len(core.admission._all), len(core.admission._own)]
+
+        generator = torch.Generator().manual_seed(1)
+
+        def run(times: int) -> None:
+            for _ in range(times):
+                logits(model, torch.randint(64, (1, 4), generator=generator))
+
+        run(10)
+        gc.collect()
+        objects = len(gc.get_objects())
+        run(30)
+        gc.collect()
+        assert max(sizes()[:5]) <= LAYERS * EXPERTS
+        assert len(gc.get_objects()) < objects + 300
+        assert all(core.queue.rank(transfer) != URGENT for transfer in core.queue)
+
+
+class Truth:
+    """Names what the next layer will choose for PROMPT and what follows it, and nothing else: it was listened to."""
+
+    def __init__(self) -> None:
+        self._chosen: list[tuple[int, list[int]]] = []
+        stock = build()
+        for layer, block in enumerate(stock.model.layers):
+            block.mlp.gate.register_forward_hook(self._listen(layer))
+        logits(stock)
+        self._next = 0
+
+    def _listen(self, layer: int) -> Callable[..., None]:
+        return lambda router, args, output: self._chosen.append((layer, output[2].flatten().unique().tolist()))
+
+    def predict(self, seen: Observation) -> Sequence[Prediction]:
+        if seen.seam is not Seam.ROUTED:
+            return []
+        self._next = (self._next + 1) % len(self._chosen)
+        layer, experts = self._chosen[self._next]
+        return [Prediction(layer=layer, steps=0, expert_ids=torch.tensor(experts), scores=torch.zeros(len(experts)))]
+
+
+class TestOnAKnownLink:
+    """Before a layer routes, `COMPUTING` seconds pass, in which the wire brings as many experts as a token needs."""
+
+    COMPUTING = 1e-3
+    EXPERT = 3 * 32 * 32 * 2
+    BANDWIDTH = TOP * EXPERT / COMPUTING
+    BUSY = STEPS * (LAYERS - 1) * COMPUTING  # a pass is timed from its first experts on
+
+    @torch.no_grad()
+    def decode(self, monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> tuple[Stats, Stats]:
+        """Return the statistics before and after the decode steps of the third time the same text is decoded."""
+        made = faked(monkeypatch, bandwidth=options.pop("wire", self.BANDWIDTH))
+        model = promoe_triton.from_pretrained(folder, **{"slots": 4 * LAYERS, "distance": 1} | options)
+        computing(model, made.links[0], self.COMPUTING)
+        logits(model)
+        logits(model)
+        out = model(PROMPT, use_cache=True)
+        before = promoe_triton.stats(model)
+        for _ in range(STEPS):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        return before, promoe_triton.stats(model)
+
+    def test_what_is_missed_is_waited_for(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before, after = self.decode(monkeypatch, folder, predictor="none")
+        stalled, missed = after.stall_seconds - before.stall_seconds, after.misses - before.misses
+        assert missed > STEPS
+        assert stalled == pytest.approx(missed * self.EXPERT / self.BANDWIDTH)
+        assert after.run_seconds - before.run_seconds == pytest.approx(self.BUSY + stalled)
+        assert after.bytes_read - before.bytes_read == missed * self.EXPERT
+
+    def test_a_perfect_prediction_hides_all_copies(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before, after = self.decode(monkeypatch, folder, predictor=Truth())
+        assert after.stall_seconds == before.stall_seconds
+        assert after.run_seconds - before.run_seconds == pytest.approx(self.BUSY)
+        assert after.ahead.wasted == 0
+
+
+@torch.no_grad()
+def test_a_prompt_leaves_in_slots_what_decoding_needs() -> None:
+    """On real text: the 32 tokens after a prompt of 512 find what the 32 before it found, but for half a per cent."""
+    ids = AutoTokenizer.from_pretrained(MODEL)((MODEL.parent / "heldout.txt").read_text())["input_ids"]
+
+    def hit_ratio(model: Any, tokens: Sequence[int], cache: Any) -> tuple[float, Any]:
+        before = promoe_triton.stats(model)
+        for token in tokens:
+            cache = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).past_key_values
+        after = promoe_triton.stats(model)
+        hits, misses = after.hits - before.hits, after.misses - before.misses
+        return hits / (hits + misses), cache
+
+    found = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        made = faked(monkeypatch, bandwidth=1e9)
+        for start in range(0, 60_000, 10_000):
+            text = ids[start : start + 624]
+            model = promoe_triton.from_pretrained(MODEL, slots=0.5)
+            computing(model, made.links[-1], 1e-3)
+            _, cache = hit_ratio(model, text[:48], None)
+            before, cache = hit_ratio(model, text[48:80], cache)
+            cache = model(torch.tensor([text[80:592]]), past_key_values=cache, use_cache=True).past_key_values
+            after, _ = hit_ratio(model, text[592:], cache)
+            found.append((before, after))
+    assert mean(after for _, after in found) >= mean(before for before, _ in found) - 0.005 > 0.8

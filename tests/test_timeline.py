@@ -1,0 +1,72 @@
+"""What a timeline shows of a run, and the file it writes."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import FAMILIES
+
+import promoe_triton
+from promoe_triton.timeline import Span, Timeline
+
+F = FAMILIES["mixtral"]
+
+
+def test_a_trace_begins_at_zero_and_has_the_computing_lane_first() -> None:
+    timeline = Timeline()
+    timeline.add("copy 0", "layer 1 expert 2", "urgent", 10.5, 10.75)
+    timeline.add("compute", "layer 1 up of 2", "compute", 10.0, 10.5)
+    names, spans = ([event for event in timeline.trace()["traceEvents"] if event["ph"] == kind] for kind in ("M", "X"))
+    assert [(event["tid"], event["args"]["name"]) for event in names] == [(0, "compute"), (1, "copy 0")]
+    assert [(event["tid"], event["ts"], event["dur"], event["cat"]) for event in spans] == [
+        (0, 0.0, 0.5e6, "compute"),
+        (1, 0.5e6, 0.25e6, "urgent"),
+    ]
+
+
+def test_the_oldest_spans_go_first() -> None:
+    timeline = Timeline(most=2)
+    for begin in range(4):
+        timeline.add("compute", str(begin), "compute", begin, begin + 1)
+    assert [span.name for span in timeline.spans] == ["2", "3"]
+
+
+@pytest.mark.parametrize("slots", [4, None], ids=["few slots", "all resident"])
+def test_a_run_is_recorded_inside_the_block_and_nowhere_else(slots: int | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = promoe_triton.patch(F.build(), slots=slots, store="spool" if slots else "auto", spool_dir=tmp_path)
+    inputs = F.inputs(model, 7)
+    with promoe_triton.record_timeline(model) as timeline:
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    spans = list(timeline.spans)
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert list(timeline.spans) == spans
+    assert all(span.begin <= span.end for span in spans)
+    kinds = {span.kind for span in spans}
+    layers = {span.name.split(" of ")[0] for span in spans if span.kind == "compute"}
+    assert layers == {f"layer {layer} {half}" for layer in range(len(model._promoe_runtime.layers)) for half in HALVES}
+    if slots:
+        assert {"stall", "urgent", "predict"} <= kinds
+        assert_lanes_do_one_thing_at_a_time(spans)
+    file = tmp_path / "trace.json"
+    timeline.save(file)
+    assert len(json.loads(file.read_text())["traceEvents"]) > len(spans)
+
+
+HALVES = ("up", "down")
+
+
+def assert_lanes_do_one_thing_at_a_time(spans: list[Span]) -> None:
+    for lane in {span.lane for span in spans}:
+        mine = sorted((span for span in spans if span.lane == lane), key=lambda span: span.begin)
+        for before, after in pairwise(mine):
+            assert before.end <= after.begin, f"{before} and {after} overlap"
+
+
+def test_only_a_patched_model_has_one() -> None:
+    with pytest.raises(promoe_triton.PromoeError, match="not patched"), promoe_triton.record_timeline(F.build()):
+        pass
