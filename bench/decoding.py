@@ -1,9 +1,10 @@
-"""Decoding held-out text from slots, token by token as it stands: every variant sees the same routing."""
+"""Held-out text through a model in slots, a token at a time or as prompts: every variant sees the same routing."""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,21 @@ from typing import Any
 import torch
 
 import promoe_triton
-from promoe_triton.counters import Stats
+from promoe_triton.counters import Ahead, Stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What so many tokens took. seconds: all of them together; stats: what was counted meanwhile."""
+    """What so many steps took, in seconds, and what was counted meanwhile."""
 
-    tokens: int
+    steps: int
     seconds: float
     before: Stats
     after: Stats
 
     @property
-    def per_token(self) -> float:
-        return self.seconds / self.tokens
+    def per_step(self) -> float:
+        return self.seconds / self.steps
 
     def counted(self, name: str) -> float:
         """Return by how much a statistic has grown."""
@@ -33,25 +34,61 @@ class Run:
 
     @property
     def hit_ratio(self) -> float:
-        hits, misses = self.counted("hits"), self.counted("misses")
-        return hits / (hits + misses)
+        return self.counted("hits") / (self.counted("hits") + self.counted("misses"))
+
+    @property
+    def ahead(self) -> Ahead:
+        """What prefetching did meanwhile."""
+        before, after = self.before.ahead, self.after.ahead
+        return Ahead(**{name: getattr(after, name) - getattr(before, name) for name in Ahead.__slots__})
+
+    @property
+    def wasted_share(self) -> float:
+        """Bytes that were copied ahead for nothing, of all that were moved."""
+        return self.ahead.bytes_wasted / max(self.counted("bytes_read"), 1.0)
 
 
-def load(folder: Path, options: Mapping[str, Any]) -> Any:
-    """Return the model in slots, read past the page cache."""
-    return promoe_triton.from_pretrained(str(folder), **{"io": "direct"} | dict(options))
+def timed(model: Any, steps: int, action: Callable[[], object]) -> Run:
+    before = promoe_triton.stats(model)
+    began = time.perf_counter()
+    action()
+    seconds = time.perf_counter() - began
+    return Run(steps=steps, seconds=seconds, before=before, after=promoe_triton.stats(model))
+
+
+class Decoder:
+    """Texts of equal length side by side, decoded as they stand."""
+
+    def __init__(self, model: Any, ids: Sequence[Sequence[int]]) -> None:
+        self._model = model
+        self._columns = iter(torch.tensor(ids).T.contiguous()[:, :, None])
+        self._cache: Any = None
+
+    @torch.inference_mode()
+    def step(self, tokens: int) -> None:
+        for _ in range(tokens):
+            out = self._model(next(self._columns), past_key_values=self._cache, use_cache=True)
+            self._cache = out.past_key_values
+
+
+def decode(folder: Path, options: Mapping[str, Any], ids: Sequence[Sequence[int]], warm_up: int) -> Run:
+    """Load a model, decode texts side by side, and time all but the first `warm_up` tokens of each."""
+    gc.collect()
+    model = load(folder, options)
+    decoder, tokens = Decoder(model, ids), len(ids[0]) - warm_up
+    decoder.step(warm_up)
+    return timed(model, tokens, lambda: decoder.step(tokens))
 
 
 @torch.inference_mode()
-def decode(model: Any, ids: Sequence[Sequence[int]], warm_up: int) -> Run:
-    """Decode texts side by side, a token of each at a time; the first `warm_up` tokens are not timed."""
-    cache, columns = None, torch.tensor(ids).T.contiguous()
-    before = promoe_triton.stats(model)
-    began = time.perf_counter()
-    for place, column in enumerate(columns):
-        if place == warm_up:
-            before = promoe_triton.stats(model)
-            began = time.perf_counter()
-        cache = model(column[:, None], past_key_values=cache, use_cache=True).past_key_values
-    seconds = time.perf_counter() - began
-    return Run(tokens=len(columns) - warm_up, seconds=seconds, before=before, after=promoe_triton.stats(model))
+def prefill(folder: Path, options: Mapping[str, Any], earlier: Sequence[int], prompt: Sequence[int]) -> tuple[Run, Run]:
+    """Load a model and time a first prompt, and one after it."""
+    gc.collect()
+    model = load(folder, options)
+    runs = [timed(model, 1, lambda ids=ids: model(torch.tensor([ids]))) for ids in (earlier, prompt)]  # type: ignore[misc]
+    return runs[0], runs[1]
+
+
+def load(folder: Path, options: Mapping[str, Any]) -> Any:
+    """Return the model in slots, read past the page cache unless told otherwise."""
+    return promoe_triton.from_pretrained(str(folder), **{"io": "direct"} | dict(options))

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 UNLIKE = 0.1
 """How far the mean square of u may be from 1, or the share of a call's experts missed, before a layer is refused."""
 
+EQUAL = 0.02
+"""By what part of the range of a token's scores two experts may differ and still be taken for equally good."""
+
 
 class GatePredictor:
     """Ranks experts by the scores their own router would give them now.
@@ -119,8 +122,12 @@ class GatePredictor:
         if isinstance(source, TokenRoutes) or ids_TA is None or len(ids_TA) != len(u_TD):
             return
         asked = ids_TA < source.experts
-        best_TA = source.scores(u_TD)[:, : source.experts].topk(min(ids_TA.shape[1], source.experts)).indices
-        right = ((ids_TA[:, :, None] == best_TA[:, None, :]).any(-1) & asked).sum() / asked.sum().clamp(min=1)
+        scores_TE = source.scores(u_TD)[:, : source.experts]
+        least_T1 = scores_TE.topk(min(ids_TA.shape[1], source.experts)).values[:, -1:]
+        # The router rounds otherwise: it may prefer one of two experts that are all but equal.
+        slack_T1 = EQUAL * (scores_TE.amax(-1, keepdim=True) - scores_TE.amin(-1, keepdim=True))
+        scores_TA = scores_TE.gather(1, ids_TA.clamp(max=source.experts - 1))
+        right = ((scores_TA >= least_T1 - slack_T1) & asked).sum() / asked.sum().clamp(min=1)
         if asked.any() and float(right) < 1.0 - UNLIKE:
             self._refuse(seen.layer, f"only {float(right):.0%} of the experts it chose are those its weights give")
 
