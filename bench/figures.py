@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -206,12 +207,125 @@ def beyond_ram(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+STEPS = {
+    "static": PALE,
+    "lru": GREY,
+    "+prefetch": "#b9cbe2",
+    "+chunks": "#7fb0e0",
+    "+preemption": "#2f74bd",
+    "all": "#12365f",
+    "preemption + reorder, no prediction": GOLD,
+}
+
+
+def proactive(rows: Sequence[Row]) -> Figure:
+    """Draw the ablation as the paper does, and beside it prompts, batches and expert sizes."""
+    decode = [c for c in unique([r.case for r in rows]) if re.fullmatch(r"decode, [\d.]+% in slots", c)]
+    decode.sort(key=share_of)
+    prefill = [c for c in unique([r.case for r in rows]) if c.startswith("prefill")]
+    prefill.sort(key=lambda case: int(case.split()[1]))
+    figure, panels = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", width_ratios=(3, 2))
+    (times, prompts), (speeds, others) = panels
+    grouped(times, rows, decode, [f"{share_of(c):g} %" for c in decode], list(STEPS), "time")
+    for i, case in enumerate(decode):
+        for variant, style in (("resident", ":"), ("moving what was missed", "--")):
+            found = find(rows, case, variant, "time")
+            if found:
+                label = {":": "everything resident", "--": "moving what was missed"}[style] if i == 0 else None
+                axes_line(times, i, found, style, label)
+    times.set_ylabel("ms per token")
+    times.set_xlabel("experts in slots", fontsize=8)
+    times.set_title("Decode", fontsize=10)
+    times.legend(fontsize=6.5, ncols=3, loc="upper right")
+    grouped(prompts, rows, prefill, [c.split(",")[1].strip() for c in prefill], list(STEPS), "time")
+    prompts.set_ylabel("ms per prompt")
+    prompts.set_title("A prompt after another, half of the experts in slots", fontsize=10)
+    for variant, color in STEPS.items():
+        found = [(share_of(c), r) for c in decode if (r := find(rows, c, f"{variant} / lru", "speed"))]
+        if found:
+            shares, ratios = [share for share, _ in found], [r for _, r in found]
+            whiskers = [[r.p50 - r.p20 for r in ratios], [r.p80 - r.p50 for r in ratios]]
+            speeds.errorbar(shares, [r.p50 for r in ratios], whiskers, fmt="o-", ms=4, color=color, label=variant)
+    for case in decode:
+        goal = find(rows, case, "all / lru", "speed")
+        if goal and goal.target:
+            speeds.hlines(goal.target, share_of(case) - 3, share_of(case) + 3, color=RED, lw=1.2, ls="--")
+    speeds.axhline(1.0, color=GREY, lw=0.8)
+    speeds.set_xlabel("% of the experts in slots", fontsize=8)
+    speeds.set_ylabel("decode speed over lru")
+    speeds.legend(fontsize=6.5)
+    ratio_bars(others, rows)
+    return figure
+
+
+def share_of(case: str) -> float:
+    return float(case.split()[1].rstrip("%"))
+
+
+def axes_line(axes: Axes, place: int, row: Row, style: str, label: str | None) -> None:
+    axes.hlines(row.p50, place - 0.45, place + 0.45, color="black", lw=1, ls=style, label=label)
+
+
+def grouped(
+    axes: Axes, rows: Sequence[Row], cases: Sequence[str], labels: Sequence[str], variants: Sequence[str], metric: str
+) -> None:
+    """Draw bars of the variants there are, case by case."""
+    shown = [v for v in variants if any(find(rows, c, v, metric) for c in cases)]
+    width = 0.86 / max(len(shown), 1)
+    for offset, variant in enumerate(shown):
+        found = [(i, r) for i, c in enumerate(cases) if (r := find(rows, c, variant, metric))]
+        places = [i + width * (offset - (len(shown) - 1) / 2) for i, _ in found]
+        bars(axes, places, [r for _, r in found], width, STEPS[variant], variant)
+    axes.set_xticks(range(len(cases)), labels, fontsize=8)
+
+
+def ratio_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw the speed of all over lru for batches and sizes, and of chance over no prediction."""
+    found = [r for r in rows if r.metric == "speed" and re.search("batch|experts of|chance", r.case)]
+    labels = [re.sub(r"decode, |, 50.0% in slots", "", r.case).replace(", ", ",\n") for r in found]
+    for i, r in enumerate(found):
+        bars(axes, [i], [r], 0.6, GOLD if "chance" in r.case else BLUE, "")
+        number(axes, i, r, f"{r.p50:.2f}")
+    axes.axhline(1.0, color=RED, lw=1, ls="--")
+    axes.set_xticks(range(len(found)), labels, fontsize=6, rotation=30, ha="right")
+    axes.set_ylabel("speed")
+    axes.set_title("all over lru; gold: random predictions over none", fontsize=10)
+    axes.margins(y=0.15)
+
+
+def urgent(rows: Sequence[Row]) -> Figure:
+    figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+    for way in unique([r.variant for r in rows]):
+        late, rate = find(rows, "urgent", way, "start, p99"), share(rows, way)
+        early = find(rows, "urgent", way, "start, p50")
+        if late and early and rate:
+            color = BLUE if way.startswith("adaptive") else GREY
+            axes.plot([rate.p50] * 2, [early.p50, late.p50], "-", color=color, lw=1)
+            axes.plot([rate.p50], [late.p50], "o", color=color)
+            axes.annotate(way, (rate.p50, late.p50), (5, 2), textcoords="offset points", fontsize=7)
+    axes.axhline(1.0, color=RED, lw=1.2, ls="--", label="target: 1 ms, 95 % of the bandwidth")
+    axes.axvline(0.95, color=RED, lw=1.2, ls="--")
+    axes.set_yscale("log")
+    axes.set_xlabel("bandwidth while copying ahead, share of the best way", fontsize=8)
+    axes.set_ylabel("ms until an urgent copy starts\n(line: from p50, dot: p99)", fontsize=8)
+    axes.set_title("Ways to cut copies, on the disk", fontsize=10)
+    axes.margins(x=0.15)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def share(rows: Sequence[Row], way: str) -> Row | None:
+    return next((r for r in rows if r.variant == way and r.unit == "share of best"), None)
+
+
 FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "resident": resident,
     "overhead": overhead,
     "disk": disk,
     "offload": offload,
     "beyond_ram": beyond_ram,
+    "proactive": proactive,
+    "urgent": urgent,
 }
 
 

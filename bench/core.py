@@ -1,0 +1,98 @@
+"""What the core's decisions take per layer at batch 1: gate, misses, chunks, release and prediction, nothing else.
+
+No bytes move and no predictor runs: events go in and plans come out, as from a link and a layer. 48 layers of 128
+experts, half of them in slots, 8 needed per token; two layers' rankings of 8 per layer are told ahead.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import record
+
+from promoe_triton.core import Core
+from promoe_triton.policies import make_policy
+from promoe_triton.protocols import Cuts, ExpertKey, Part, Transfer
+from promoe_triton.slots import SlotTable
+
+LAYERS, EXPERTS, SLOTS, ACTIVE, CHUNK = 48, 128, 64, 8, 4 << 20
+CUTS = Cuts(ends=(3 << 20, 6 << 20, 9 << 20))
+
+
+def cuts(transfer: Transfer) -> Cuts:
+    return CUTS
+
+
+class Model:
+    """Layers that need `misses` absent experts each, on average, and otherwise what is in slots."""
+
+    def __init__(self, misses: float, seed: int = 0) -> None:
+        tables = [SlotTable(range(SLOTS), make_policy("lru", {})) for _ in range(LAYERS)]
+        self.core = Core(tables, cuts)
+        self._misses = misses
+        self._random = random.Random(seed)
+        for layer in range(LAYERS):
+            self._serve(layer, list(range(SLOTS)))
+
+    def _serve(self, layer: int, experts: list[int]) -> None:
+        core = self.core
+        needs = core.gate(layer, experts)
+        for key in needs.missing:
+            core.ask(key, Part.WHOLE)
+        self._drive()
+        core.release([*needs.resident, *needs.missing])
+
+    def _drive(self) -> None:
+        core = self.core
+        while (chunk := core.next_chunk(CHUNK, 1 << 20)) is not None:
+            if core.landed(chunk):
+                core.finished(chunk.transfer)
+
+    def _draw(self, layer: int, misses: int) -> list[int]:
+        ready = [key.expert for key in self.core.tables[layer].ready()]
+        absent = [expert for expert in range(EXPERTS) if expert not in {*ready}]
+        return self._random.sample(ready, ACTIVE - misses) + self._random.sample(absent, misses)
+
+    def steps(self, layers: int) -> float:
+        """Run so many layers; return seconds per layer in the core."""
+        taken, core = 0.0, self.core
+        whole, part = divmod(self._misses, 1.0)
+        for index in range(layers):
+            layer = index % LAYERS
+            needed = self._draw(layer, int(whole) + (self._random.random() < part))
+            # What is predicted is what will be missed, and some of the rest: speculation is copied, not only ranked.
+            later = [(layer + ahead) % LAYERS for ahead in (1, 2)]
+            ranked = [[ExpertKey(to, expert) for expert in self._draw(to, int(whole))] for to in later]
+            began = time.perf_counter()
+            for to, keys in zip(later, ranked, strict=True):
+                core.predict(core.position_of(to, 0), keys, float(CUTS.ends[-1]) * whole)
+            self._serve(layer, needed)
+            taken += time.perf_counter() - began
+        return taken / layers
+
+
+def main() -> None:
+    args = record.arguments(__doc__ or "").parse_args()
+    record.confine()
+    results = record.results(args, "core")
+    layers, repeats, long = (480, 2, 4_800) if args.quick else (4_800, 9, 480_000)
+    for misses, target in ((2.5, 40.0), (0.0, 10.0)):
+        case = f"{misses:g} misses per layer"
+        if results.has(case):
+            continue
+        results.begin()
+        model = Model(misses)
+        early = [model.steps(layers) * 1e6 for _ in range(repeats)]
+        model.steps(long)
+        late = [model.steps(layers) * 1e6 for _ in range(repeats)]
+        results.write(
+            [
+                record.row(case, "at the start", "core", "us/layer", early, target=target, better="lower"),
+                record.row(case, f"after {long:,} layers", "core", "us/layer", late, target=target, better="lower"),
+            ]
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""How soon an urgent copy starts while others are copied ahead, and what the cutting of copies costs in bandwidth.
+
+The product's disk link and core over the demo model with experts of 9.4 MB. A dozen experts at a time are copied
+ahead; meanwhile, at random moments, a layer asks for one expert. Compared are the ways to cut copies: without a fixed
+size (three latency budgets), at a fixed size, by tensor as in the paper, and not at all. They take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+
+import record
+from models import MODEL, large_checkpoint, open_store
+
+from promoe_triton.chunking import Chunking
+from promoe_triton.core import Core
+from promoe_triton.links.disk import DiskLink
+from promoe_triton.memory import SlotMemory
+from promoe_triton.policies import make_policy
+from promoe_triton.protocols import ExpertKey, Part
+from promoe_triton.slots import SlotTable
+from promoe_triton.stores.checkpoint import CheckpointStore
+from promoe_triton.timeline import Timeline
+
+DEPTH, LONGEST, SLOTS, AHEAD = 4, 4 << 20, 24, 12
+WAYS = {
+    "adaptive, 1 ms": Chunking(name="adaptive", longest=LONGEST, latency=1e-3),
+    "adaptive, 2 ms (default)": Chunking(name="adaptive", longest=LONGEST, latency=2e-3),
+    "adaptive, 4 ms": Chunking(name="adaptive", longest=LONGEST, latency=4e-3),
+    "fixed, 4 MiB": Chunking(name="fixed", longest=LONGEST, latency=1.0),
+    "fixed, 1 MiB": Chunking(name="fixed", longest=1 << 20, latency=1.0),
+    "tensor": Chunking(name="tensor", longest=LONGEST, latency=1.0),
+    "expert": Chunking(name="expert", longest=LONGEST, latency=1.0),
+}
+DEFAULT = "adaptive, 2 ms (default)"
+
+
+class Traffic:
+    """One link with everything that goes over it. delays: from asking for an expert to the start of its first chunk."""
+
+    def __init__(self, store: CheckpointStore, chunking: Chunking, seed: int) -> None:
+        layers, slot_bytes = len(store.specs), store.slot_bytes(0, 64)
+        memory = SlotMemory(layers * SLOTS, slot_bytes)
+        self.link = DiskLink(store, [memory] * layers, direct=True, depth=DEPTH, chunking=chunking, timeout=60.0)
+        tables = [SlotTable(range(i * SLOTS, (i + 1) * SLOTS), make_policy("lru", {})) for i in range(layers)]
+        self.core = Core(tables, self.link.cuts, overtake=chunking.overtake)
+        self.link.restart(self.core)
+        self.timeline = Timeline()
+        self.link.record(self.timeline)
+        self._random = random.Random(seed)
+        self._urgent_layer = layers - 1
+        self.delays: list[float] = []
+        self.waits: list[float] = []
+
+    def _absent(self, layer: int, count: int) -> list[ExpertKey]:
+        ready = {*self.core.tables[layer].ready()}
+        absent = [key for e in range(64) if (key := ExpertKey(layer, e)) not in ready]
+        return self._random.sample(absent, count)
+
+    def round(self, layer: int, urgent: int) -> float:
+        """Copy experts ahead for a layer, ask for `urgent` others meanwhile; return bytes per second."""
+        link, core = self.link, self.core
+        moved, busy = link.bytes_moved, link.busy_seconds
+        ahead = self._absent(layer, AHEAD)
+        link.tell(lambda: core.predict(core.position_of(layer, 0), ahead, float("inf")))
+        for _ in range(urgent):
+            time.sleep(self._random.uniform(0.005, 0.015))
+            self._ask(self._absent(self._urgent_layer, 1)[0])
+        while link.tell(lambda: len([*core.queue])):
+            time.sleep(0.001)
+        link.tell(lambda: core.release(core.gate(layer, [key.expert for key in ahead]).resident))
+        return (link.bytes_moved - moved) / (link.busy_seconds - busy)
+
+    def _ask(self, key: ExpertKey) -> None:
+        core, asked = self.core, time.perf_counter()
+        speculating = bool(self.link.tell(lambda: [*core.queue]))
+        transfer = self.link.tell(lambda: (core.gate(key.layer, [key.expert]), core.ask(key, Part.WHOLE))[1])
+        self.link.wait([transfer])
+        waited = time.perf_counter() - asked
+        name = f"layer {key.layer} expert {key.expert}"
+        begun = min((s.begin for s in [*self.timeline.spans] if s.name == name and s.begin >= asked), default=None)
+        if speculating and begun is not None:
+            self.delays.append(begun - asked)
+            self.waits.append(waited)
+        self.link.tell(lambda: core.release([key]))
+
+    def close(self) -> None:
+        self.link.close()
+
+
+def measure(folder: Path, results: record.Results, args: argparse.Namespace) -> None:
+    store = open_store(folder)
+    repeats, rounds = (2, 2) if args.quick else (5, 14)
+    delays: dict[str, list[float]] = {way: [] for way in WAYS}
+    waits: dict[str, list[float]] = {way: [] for way in WAYS}
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    results.begin()
+    for repeat in range(repeats):
+        for way, chunking in WAYS.items():
+            traffic = Traffic(store, chunking, repeat)
+            layers = len(store.specs) - 1
+            quiet = [traffic.round(i % layers, 0) for i in range(rounds)]
+            for i in range(rounds):
+                traffic.round((rounds + i) % layers, 3)
+            rates[way].append(statistics.median(quiet))
+            delays[way] += traffic.delays
+            waits[way] += traffic.waits
+            traffic.close()
+    best = [max(rates[way][i] for way in WAYS) for i in range(repeats)]
+    rows = []
+    for way in WAYS:
+        share = [rate / top for rate, top in zip(rates[way], best, strict=True)]
+        target = way == DEFAULT
+        rows += [
+            quantile(way, "start, p50", delays[way], 0.5),
+            quantile(way, "start, p99", delays[way], 0.99, 1.0 if target else None),
+            quantile(way, "arrival, p50", waits[way], 0.5),
+            quantile(way, "arrival, p99", waits[way], 0.99),
+            record.row("urgent", way, "bandwidth", "GB/s", [rate / 1e9 for rate in rates[way]]),
+            record.row("urgent", way, "bandwidth", "share of best", share, target=0.95 if target else None),
+        ]
+    results.write(rows)
+
+
+def quantile(way: str, metric: str, seconds: list[float], q: float, target: float | None = None) -> record.Row:
+    """Return a row for a quantile of single events: no repeats, so no spread."""
+    place = sorted(seconds)[min(int(q * len(seconds)), len(seconds) - 1)] * 1e3
+    note = f"{len(seconds)} urgent copies"
+    return record.row("urgent", way, metric, "ms", [place], target=target, better="lower", note=note)
+
+
+def main() -> None:
+    parser = record.arguments(__doc__ or "")
+    parser.add_argument("--scratch", type=Path, help="folder for 5 GB of checkpoint (default: a temporary one)")
+    args = parser.parse_args()
+    record.confine()
+    results = record.results(args, "urgent")
+    if results.has("urgent"):
+        return
+    nbytes = 1_100_000 if args.quick else 9_400_000
+    with large_checkpoint(MODEL, args.scratch, nbytes, "a checkpoint with large experts") as folder:
+        measure(folder, results, args)
+
+
+if __name__ == "__main__":
+    main()
