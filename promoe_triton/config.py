@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -180,7 +181,19 @@ def configured(config: object, options: Mapping[str, Any]) -> Config:
     if not isinstance(config, Config):
         hint = f"; for the number of slots write slots={config!r}" if isinstance(config, int | float | str) else ""
         raise TypeError(f"config must be a promoe_triton.Config, got {config!r}{hint}")
+    known = [field.name for field in fields(Config)]
+    for name in options:
+        if name not in known:
+            meant = meant_by(name)
+            hint = f"; did you mean {meant}?" if meant else f"; there are {', '.join(known)}"
+            raise TypeError(f"there is no option {name!r}{hint}")
     return replace(config, **options)
+
+
+def meant_by(name: str) -> str | None:
+    """Return the option whose name is spelled nearly like this one, if there is one."""
+    close = difflib.get_close_matches(name, [field.name for field in fields(Config)], n=1, cutoff=0.8)
+    return close[0] if close else None
 
 
 def check_slots(slots: Slots) -> None:

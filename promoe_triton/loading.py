@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from promoe_triton.budget import available_memory
-from promoe_triton.config import Config, configured
+from promoe_triton.config import Config, configured, meant_by
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.memory import in_files, own_memory
@@ -77,7 +77,8 @@ def from_pretrained(name: str, config: Config | PreTrainedConfig | None = None, 
     Raises PromoeError where the checkpoint or the model is of a kind that cannot be run from slots.
     """
     mine = {field.name for field in fields(Config)}
-    chosen = {k: options.pop(k) for k in list(options) if k in mine}
+    # All else goes to transformers, but for what can only be a slip of the pen.
+    chosen = {k: options.pop(k) for k in list(options) if k in mine or (k not in _UNSUPPORTED and meant_by(k))}
     if isinstance(config, PreTrainedConfig):
         options["config"], config = config, None
     config = configured(config, chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -391,6 +392,38 @@ def test_inspect_is_readable(model: Path) -> None:
     assert result.exit_code == 0
     for words in ("MoE layers", "8 per layer, 16 in all", "What slots buy", "12.5%", "100%"):
         assert words in result.stdout
+
+
+def test_inspect_says_what_a_token_reads_and_how_long_that_takes(model: Path) -> None:
+    answer = call_json("inspect", model, "--bandwidth", "1MB/s")
+    assert answer["bandwidth"] == 1e6
+    every = LAYERS * 2 * EXPERT_BYTES  # two experts per token
+    assert [choice["token_bytes"] for choice in answer["choices"]] == [
+        round((1 - ratio) * every) for ratio in (0.269, 0.426, 0.684, 0.878, 1.0)
+    ]
+    shown = call("inspect", model, "--bandwidth", "1MB/s").stdout
+    assert re.search(r"5\.8\d ms", shown), "half of the experts in slots"
+    assert "takes" not in call("inspect", model).stdout
+
+
+def test_inspect_measures_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("promoe_triton.cli.needs.MEASURING_SECONDS", 0.05)
+    assert call_json("inspect", MODEL, "--measure")["bandwidth"] > 1e6
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--bandwidth", "fast"), 2, "a size is a number with a unit"),
+        (("--bandwidth", "0B/s"), 2, "bandwidth must be positive"),
+        (("--bandwidth", "1GB/s", "--measure"), 2, "not both"),
+        (("--measure",), 1, "has no file of 8.39 MB or more"),
+    ],
+)
+def test_inspect_refuses(model: Path, options: tuple[str, ...], code: int, words: str) -> None:
+    result = call("inspect", model, *options)
+    assert result.exit_code == code
+    assert words in " ".join(result.stderr.replace("│", " ").split())
 
 
 # demo

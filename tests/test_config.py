@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from zoo import FAMILIES
 
 import promoe_triton
-from promoe_triton.config import Config, check_slots, format_size, parse_size
+from promoe_triton.config import Config, check_slots, configured, format_size, parse_size
 
 NAN, INF = float("nan"), float("inf")
 
@@ -238,3 +240,22 @@ class TestThroughPatch:
         model = promoe_triton.patch(FAMILIES["mixtral"].build(), slots=slots, store="spool")
         assert promoe_triton.stats(model).slots == count
         assert promoe_triton.stats(model).experts == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"slot": 4}, "there is no option 'slot'; did you mean slots?"),
+        ({"colour": 1}, "there is no option 'colour'; there are"),
+    ],
+)
+def test_an_option_that_is_not_one_is_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        configured(None, options)
+    with pytest.raises(TypeError, match=re.escape(words)):
+        promoe_triton.patch(torch.nn.Linear(1, 1), **options)
+
+
+def test_a_slip_of_the_pen_does_not_go_to_transformers(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"there is no option 'predicter'; did you mean predictor\?"):
+        promoe_triton.from_pretrained(str(tmp_path), predicter="gate")

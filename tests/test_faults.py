@@ -32,7 +32,7 @@ from promoe_triton import Config, PromoeError
 from promoe_triton.backends.torch import Grouped
 from promoe_triton.links import disk as links_disk
 from promoe_triton.links.disk import CLOSE_SECONDS
-from promoe_triton.stores import safetensors_files
+from promoe_triton.stores import safetensors_files, spool
 from promoe_triton.transfers import URGENT
 
 ROOT = Path(__file__).parent.parent
@@ -471,6 +471,49 @@ class TestReads:
         assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
         assert torch.equal(logits(model), want)
         assert torch.equal(logits(promoe_triton.patch(model, slots=6, store="spool")), want)
+
+    @pytest.mark.parametrize(
+        ("spoil", "words"),
+        [
+            (lambda place: None, "must be a folder that exists, .* is not there"),
+            (lambda place: place.write_text(""), "must be a folder that exists, .* is a file"),
+        ],
+        ids=["not there", "a file"],
+    )
+    def test_a_spool_in_no_folder(self, spoil: Callable[[Path], Any], words: str, tmp_path: Path, want: Tensor) -> None:
+        place, model = tmp_path / "spool", build()
+        spoil(place)
+        with pytest.raises(PromoeError, match=words):
+            promoe_triton.patch(model, slots=6, store="spool", spool_dir=place)
+        assert torch.equal(logits(model), want)
+
+    def test_a_spool_on_a_disk_that_fills_up(
+        self, tmp_path: Path, want: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, write = build(), spool._write
+
+        def full(file: Path, tensors: Any) -> None:
+            if "001" in file.name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(file, tensors)
+
+        monkeypatch.setattr(spool, "_write", full)
+        with pytest.raises(PromoeError, match=r"cannot write the spool of .* to .*: No space left on device"):
+            promoe_triton.patch(model, slots=6, store="spool", spool_dir=tmp_path)
+        assert not os.listdir(tmp_path)
+        assert torch.equal(logits(model), want)
+
+    def test_a_spool_where_nobody_may_write(
+        self, tmp_path: Path, want: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: Any, **options: Any) -> str:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        model = build()
+        monkeypatch.setattr(spool.tempfile, "mkdtemp", refuse)
+        with pytest.raises(PromoeError, match=r"cannot write to spool_dir .*: Read-only file system; name another"):
+            promoe_triton.patch(model, slots=6, store="spool", spool_dir=tmp_path)
+        assert torch.equal(logits(model), want)
 
     def test_patching_on_a_disk_that_goes_on_failing(self, tmp_path: Path, disk: Disk, want: Tensor) -> None:
         """The weights are on that disk only: they come back when it does."""

@@ -8,26 +8,36 @@ from typing import Annotated
 import typer
 
 from promoe_triton.cli.generation import check_dtype
-from promoe_triton.cli.needs import Needs, model_needs
-from promoe_triton.cli.output import print_json, print_pairs, print_table, working
-from promoe_triton.config import format_size
+from promoe_triton.cli.needs import Needs, measure_bandwidth, model_needs
+from promoe_triton.cli.output import print_json, print_note, print_pairs, print_table, working
+from promoe_triton.config import Config, format_size
 
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a config.json, or a hub id.")],
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
+    bandwidth: Annotated[
+        str | None, typer.Option(help="Say how long a token's reads take at this many bytes per second (1.5GB/s).")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="The same at what this checkpoint's disk gives, measured for two seconds.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show a model's experts, their sizes, and the memory that slots take. Works without any weights."""
     check_dtype(dtype)
+    if bandwidth and measure:
+        raise ValueError("the bandwidth is given with --bandwidth or measured with --measure, not both")
+    limit = Config(bandwidth=bandwidth).limit
     with working(f"Looking at {model}"):
         needs = model_needs(model, dtype)
+        rate = measure_bandwidth(model) if measure else limit
     if as_json:
-        print_json(needs.as_dict())
+        print_json({**needs.as_dict(), "bandwidth": rate})
         return
     print_pairs(_rows(needs), title=f"{needs.architecture} ({Path(model).name or model})")
     print_table(
-        ["slots", "experts in memory", "memory of slots", "memory in all", "fits in what is free"],
+        ["slots", "experts", "memory of slots", "in all", "fits", "read per token", *(["takes"] if rate else [])],
         [
             [
                 f"{choice.share:.1%}".replace(".0%", "%"),
@@ -35,11 +45,21 @@ def inspect(
                 format_size(choice.slot_bytes),
                 format_size(choice.memory_bytes),
                 "yes" if choice.fits else "no",
+                "?" if choice.token_bytes is None else format_size(choice.token_bytes),
+                *([_duration(choice.token_bytes, rate)] if rate else []),
             ]
             for choice in needs.choices
         ],
         title="What slots buy",
     )
+    note = "Reads per token: while decoding, at the hit ratios of LRU on the demo model. fits: in what is free now."
+    if rate:
+        note += f" takes: that at {format_size(rate)}/s; computing comes on top, as far as it is not hidden."
+    print_note(note)
+
+
+def _duration(nbytes: int | None, rate: float) -> str:
+    return "?" if nbytes is None else f"{nbytes / rate * 1e3:.3g} ms"
 
 
 def _rows(needs: Needs) -> list[tuple[str, str]]:

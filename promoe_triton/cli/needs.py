@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import mmap
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,25 +14,39 @@ import torch
 
 from promoe_triton.budget import LayerNeed, available_memory, plan_slots
 from promoe_triton.cli.generation import check_exists
+from promoe_triton.config import format_size
 from promoe_triton.errors import PromoeError
 from promoe_triton.loading import read_configuration, room_for_context, skeleton_of
 from promoe_triton.patch._swap import checkpoint_store, find_experts
 from promoe_triton.predictors.reach import ACTIVE
 from promoe_triton.protocols import round_up
+from promoe_triton.stores.reader import FileReader
 from promoe_triton.stores.resolve import resolve_files
+from promoe_triton.stores.safetensors_files import Unchanged
 
-SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
+HIT_RATIOS = {0.125: 0.269, 0.25: 0.426, 0.5: 0.684, 0.75: 0.878, 1.0: 1.0}
+"""By share of the experts in slots, the hit ratio of LRU while decoding, measured on the demo model's held-out text
+(its card). The paper's authors found 0.27, 0.44, 0.68 and 0.89 on DeepSeek-MoE."""
+
+MEASURING_SECONDS = 2.0
+
+CHUNK = 4 << 20
+"""Bytes of one read of that measurement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What a share of slots takes. memory_bytes: slots, dense part and context together."""
+    """What a share of slots takes. memory_bytes: slots, dense part and context together.
+
+    token_bytes: expected to be read per token while decoding, None where experts per token are not known.
+    """
 
     share: float
     slots: int
     slot_bytes: int
     memory_bytes: int
     fits: bool
+    token_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +105,7 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
     total = sum(n * spec.nbytes for n, spec in zip(experts, specs, strict=True))
     dense = sum(parameter.nbytes for parameter in model.parameters()) - total
     context, free = room_for_context(model), available_memory()
+    top_k = _top_k(model, list(found))
     layer_needs = [
         LayerNeed(experts=n, spec=spec, slot_bytes=size)
         for n, spec, size in zip(experts, specs, slot_bytes, strict=True)
@@ -97,20 +115,46 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
         dtype=", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for spec in specs for t in spec.tensors)),
         experts=experts,
         expert_bytes=tuple(spec.nbytes for spec in specs),
-        top_k=_top_k(model, list(found)),
+        top_k=top_k,
         dense_bytes=dense,
         context_bytes=context,
         free_bytes=free,
         store=place,
-        choices=tuple(_choice(share, layer_needs, dense + context, free) for share in SHARES),
+        choices=tuple(_choice(share, layer_needs, dense + context, free, top_k) for share in HIT_RATIOS),
     )
 
 
-def _choice(share: float, needs: Sequence[LayerNeed], beside: int, free: int) -> Choice:
+def _choice(share: float, needs: Sequence[LayerNeed], beside: int, free: int, top_k: int | None) -> Choice:
     total = sum(need.experts * need.slot_bytes for need in needs)
     budget = plan_slots(share, "auto", needs, total)
     memory = budget.nbytes + beside
-    return Choice(share=share, slots=budget.slots, slot_bytes=budget.nbytes, memory_bytes=memory, fits=memory <= free)
+    missed = None if top_k is None else (1.0 - HIT_RATIOS[share]) * sum(top_k * need.spec.nbytes for need in needs)
+    return Choice(
+        share=share,
+        slots=budget.slots,
+        slot_bytes=budget.nbytes,
+        memory_bytes=memory,
+        fits=memory <= free,
+        token_bytes=None if missed is None else round(missed),
+    )
+
+
+def measure_bandwidth(name: str) -> float:
+    """Return bytes per second of reading a checkpoint past the page cache, in about two seconds.
+
+    Raises PromoeError where no checkpoint is here.
+    """
+    files = [file for file in resolve_files(name, local_files_only=True) if file.stat().st_size >= 2 * CHUNK]
+    if not files:
+        raise PromoeError(f"{name} has no file of {format_size(2 * CHUNK)} or more to measure the disk with")
+    places = itertools.cycle([(f, offset) for f in files for offset in range(0, f.stat().st_size - CHUNK, CHUNK)])
+    nbytes, taken, buffer = 0, 0.0, memoryview(mmap.mmap(-1, CHUNK))
+    with FileReader(Unchanged(files), direct=True) as reader:
+        began = time.perf_counter()
+        while taken < MEASURING_SECONDS:
+            reader.read_into(*next(places), CHUNK, buffer, 0)
+            nbytes, taken = nbytes + CHUNK, time.perf_counter() - began
+    return nbytes / taken
 
 
 def _top_k(model: Any, paths: Sequence[str]) -> int | None:

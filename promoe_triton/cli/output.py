@@ -85,6 +85,11 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, title: 
     Console().print(table)
 
 
+def print_note(text: str) -> None:
+    """Print what a table's columns mean."""
+    Console().print(Text(text, style="dim"))
+
+
 def bytes_progress() -> Progress:
     """Return a progress bar for bytes, on stderr where that is a terminal."""
     console = Console(stderr=True)

@@ -31,7 +31,7 @@ def spool(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout], folder:
     """Write the experts of loaded modules to a temporary folder, one file for each layer.
 
     The folder's name and size are logged; it is removed with the last reference to the store, or at exit.
-    Raises PromoeError, with the size needed, where the disk is too full.
+    Raises PromoeError where the disk is too full, with the size needed, and where the folder cannot be written to.
     """
     parameters = [
         {name: module.get_parameter(name).detach() for name in layout.names}
@@ -39,13 +39,20 @@ def spool(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout], folder:
     ]
     needed = sum(round_up(t.nbytes) for layer in parameters for t in layer.values())
     parent = Path(folder) if folder else Path(tempfile.gettempdir())
+    if not parent.is_dir():
+        raise PromoeError(
+            f"spool_dir must be a folder that exists, {parent} is {'a file' if parent.exists() else 'not there'}"
+        )
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise PromoeError(
             f"the spool needs {format_size(needed)}, but {parent} has {format_size(free)} free; name another "
             "folder with spool_dir="
         )
-    place = Path(tempfile.mkdtemp(prefix="promoe-spool-", dir=parent))
+    try:
+        place = Path(tempfile.mkdtemp(prefix="promoe-spool-", dir=parent))
+    except OSError as error:
+        raise PromoeError(f"cannot write to spool_dir {parent}: {error.strerror}; name another folder") from error
     try:
         progress = transformers_logging.tqdm(list(enumerate(parameters)), desc="Spooling experts", leave=False)
         files = [place / f"layer-{index:03d}.safetensors" for index in range(len(parameters))]
@@ -56,8 +63,12 @@ def spool(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout], folder:
         ]
         specs = [layout.spec(module) for module, layout in zip(modules, layouts, strict=True)]
         store = CheckpointStore(specs, sources, f"spool {place} ({format_size(needed)})")
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(place, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise PromoeError(
+                f"cannot write the spool of {format_size(needed)} to {parent}: {error.strerror}"
+            ) from error
         raise
     weakref.finalize(store, shutil.rmtree, place, ignore_errors=True)
     logger.warning("the experts now rest in %s (%s); it is removed at exit", place, format_size(needed))
