@@ -253,7 +253,8 @@ def proactive(rows: Sequence[Row]) -> Figure:
     speeds.axhline(1.0, color=GREY, lw=0.8)
     speeds.set_xlabel("% of the experts in slots", fontsize=8)
     speeds.set_ylabel("decode speed over lru")
-    speeds.legend(fontsize=6.5)
+    speeds.set_ylim(top=speeds.get_ylim()[1] + 0.2)
+    speeds.legend(fontsize=6.5, ncols=2, loc="upper right")
     ratio_bars(others, rows)
     return figure
 

@@ -27,12 +27,14 @@ STREAM_BUFFERS = 2
 class Needs:
     """The experts of one call: resident ones (leased), those that will stay, and those that pass through.
 
-    Those that pass through are copied half by half, so that every byte is still copied once.
+    Those that pass through are copied half by half, so that every byte is still copied once. leaving: resident ones
+    that are to be discarded after the call.
     """
 
     resident: list[ExpertKey]
     missing: list[ExpertKey]
     streamed: list[ExpertKey]
+    leaving: list[ExpertKey]
 
 
 @dataclass(slots=True)
@@ -61,8 +63,9 @@ class Core:
     tables: the slot table of each layer; layers may share one. cuts: how a transfer may be cut into chunks.
     overtake: what is more urgent passes a copy that has begun, between two chunks (paper: chunked prefetching).
     preempt: drop what a layer was expected to need, and does not, when its gate is done (early preemption).
-    reorder: ready experts come first, and stay until then; else experts are taken in the order they are given,
-        and each that is missing may push out one that comes after it.
+    reorder: ready experts come first, and stay; else experts are taken in the order they are given, and each that is
+        missing pushes out the one that was used least recently: maybe one that comes after it, and where there are
+        more than there are slots, the first of the call, so that the next such call finds none of its own.
     """
 
     def __init__(
@@ -130,8 +133,13 @@ class Core:
                 missing.append(key)
                 kept += 1
             kept -= buffers
-            missing, streamed = missing[:kept], missing[kept:]
-        return Needs(resident=resident, missing=missing, streamed=streamed)
+            if self._reorder:
+                missing, streamed = missing[:kept], missing[kept:]
+            else:
+                passing = len(missing) - kept
+                streamed, missing = missing[:passing], missing[passing:]
+        leaving = [] if self._reorder else [key for key in keys[: -len(table)] if key in {*resident}]
+        return Needs(resident=resident, missing=missing, streamed=streamed, leaving=leaving)
 
     def ask(self, key: ExpertKey, part: Part) -> Transfer:
         """Make the copy of an expert that a layer waits for urgent, whether it is on its way or not.

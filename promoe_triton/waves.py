@@ -135,6 +135,9 @@ class Waves:
 
     def close(self) -> None:
         """Give all leases back."""
-        keys = [*self._needs.resident, *self._needs.missing]
-        self._link.tell(lambda: self._core.release(keys))
+        needs = self._needs
+        self._link.tell(lambda: self._core.release([*needs.resident, *needs.missing]))
+        for key in needs.leaving:
+            self._layer.kernels.remove(key.expert)
+            self._link.tell(lambda key=key: self._core.discard(key))  # type: ignore[misc]
         self._layer.check_resident()

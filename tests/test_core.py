@@ -193,6 +193,8 @@ class Driven(RuleBasedStateMachine):
             again.append(self.arrived(self.settle(down)))
         assert sorted(again) == sorted(key.expert for key in needs.streamed)
         core.release(kept)
+        for key in needs.leaving:
+            core.discard(key)
 
     def check(self, needs: Needs, experts: list[int]) -> None:
         table = self.core.tables[self.layer]
@@ -380,6 +382,30 @@ def test_experts_taken_in_order_push_out_ready_ones_that_come_later() -> None:
         needs[reorder] = core.gate(0, [0, 2, 3])
     assert [key.expert for key in needs[True].resident] == [2, 3]
     assert [key.expert for key in needs[False].missing] == [0, 2, 3], "0 took the slot of 2, 2 that of 3, 3 that of 4"
+
+
+def test_an_lru_cache_that_is_scanned_finds_nothing_again() -> None:
+    """Taken in order, more experts than slots push each other out; with reordering those in slots stay."""
+    for reorder, found in ((False, 0), (True, 3)):
+        core = make_core([5, 5, 5], reorder=reorder)
+        hits = []
+        for _ in range(3):
+            needs = core.gate(0, range(8))
+            hits.append(len(needs.resident))
+            for key in needs.streamed:
+                for part in (Part.UP, Part.DOWN):
+                    core.ask(key, part)
+                    while drive(core):
+                        pass
+                    core.discard(key)
+            for key in needs.missing:
+                core.ask(key, Part.WHOLE)
+            while drive(core):
+                pass
+            core.release([*needs.resident, *needs.missing])
+            for key in needs.leaving:
+                core.discard(key)
+        assert hits == [0, found, found]
 
 
 def test_what_a_prompt_used_before_its_end_leaves_first() -> None:
