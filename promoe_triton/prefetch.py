@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PROMPT = 32
 """Tokens from which on a call counts as a prompt: it uses nearly every expert, whatever is predicted."""
 
-PROBE = 16
+PROBE = 32
 """Where no prediction is worth a copy, only every so many is made."""
 
 SMOOTHING = 0.1
@@ -75,24 +75,24 @@ class Prefetcher:
         taken = now - then - (stalled - before)
         if then and len(x_TD) < PROMPT:
             self._layer_seconds += (taken - self._layer_seconds) * (SMOOTHING if self._layer_seconds else 1.0)
-        seen = None
-        if expert_ids_TA is not None:
-            if self._taps is not None:
-                seen = self._taps.routed(layer, expert_ids_TA, x_TD)
-            else:
-                seen = Observation(layer=layer, state_TD=x_TD, expert_ids_TA=expert_ids_TA)
+        if expert_ids_TA is None or self._hopeless(layer, Seam.ROUTED):
+            return
+        if self._taps is not None:
+            seen = self._taps.routed(layer, expert_ids_TA, x_TD)
+        else:
+            seen = Observation(layer=layer, state_TD=x_TD, expert_ids_TA=expert_ids_TA)
         if seen is not None:
             self._speculate(seen)
 
     def passed(self, seen: Observation) -> None:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
+        if self._hopeless(seen.layer, seen.seam):
+            return
         with self._runtime.inside() as alone:
             if alone:
                 self._speculate(seen)
 
     def _speculate(self, seen: Observation) -> None:
-        if self._hopeless(seen):
-            return
         predictions = self._predictor.predict(seen)
         if seen.tokens >= PROMPT:
             return
@@ -106,9 +106,9 @@ class Prefetcher:
             link = self._runtime.open_link()
             link.tell(lambda: self._queue(seen, rankings, link.bandwidth))
 
-    def _hopeless(self, seen: Observation) -> bool:
+    def _hopeless(self, layer: int, seam: Seam) -> bool:
         """Whether to leave out this prediction, as those from here have come to nothing."""
-        place = (seen.layer, seen.seam)
+        place = (layer, seam)
         left = self._skipped.get(place, 0)
         if left > 0:
             self._skipped[place] = left - 1

@@ -336,7 +336,8 @@ class Predictor(Protocol):
     def predict(self, seen: Observation) -> Sequence[Prediction]:
         """Rank experts of later layers, or of the next token's first ones. Never waits for the host.
 
-        Every observation is shown once, in order; predictors that learn learn from it here.
+        Every observation is shown once, in order, but for those where it has been given up; predictors that learn
+        learn from it here.
         """
         ...
 
