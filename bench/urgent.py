@@ -29,14 +29,14 @@ from promoe_triton.timeline import Timeline
 DEPTH, LONGEST, SLOTS, AHEAD = 4, 4 << 20, 24, 12
 WAYS = {
     "adaptive, 1 ms": Chunking(name="adaptive", longest=LONGEST, latency=1e-3),
-    "adaptive, 2 ms (default)": Chunking(name="adaptive", longest=LONGEST, latency=2e-3),
-    "adaptive, 4 ms": Chunking(name="adaptive", longest=LONGEST, latency=4e-3),
+    "adaptive, 2 ms": Chunking(name="adaptive", longest=LONGEST, latency=2e-3),
+    "adaptive, 4 ms (default)": Chunking(name="adaptive", longest=LONGEST, latency=4e-3),
     "fixed, 4 MiB": Chunking(name="fixed", longest=LONGEST, latency=1.0),
     "fixed, 1 MiB": Chunking(name="fixed", longest=1 << 20, latency=1.0),
     "tensor": Chunking(name="tensor", longest=LONGEST, latency=1.0),
     "expert": Chunking(name="expert", longest=LONGEST, latency=1.0),
 }
-DEFAULT = "adaptive, 2 ms (default)"
+DEFAULT = "adaptive, 4 ms (default)"
 
 
 class Traffic:

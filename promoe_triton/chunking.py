@@ -11,8 +11,9 @@ from promoe_triton.protocols import PAGE
 
 ChunkingName = Literal["adaptive", "fixed", "tensor", "expert"]
 
-SHORTEST = 256 << 10
-"""Bytes below which a chunk costs more than it is worth."""
+SHORTEST = 1 << 20
+"""Bytes below which a chunk costs more than it is worth: fewer in flight leave the disk idle, and then look like a
+slower disk, for which fewer still would be let."""
 
 UNMEASURED = 1 << 20
 """Bytes of a speculative chunk before the link's bandwidth is known."""

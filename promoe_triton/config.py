@@ -97,7 +97,7 @@ class Config:
     depth: int = 4
     chunking: ChunkingName = "adaptive"
     chunk: int | str = "4MiB"
-    latency: float = 2e-3
+    latency: float = 4e-3
     bandwidth: int | str | None = None
     partition: Partition = "auto"
     policy: str = "lru"

@@ -20,8 +20,8 @@ ADAPTIVE = Chunking(name="adaptive", longest=4 * MIB, latency=1e-3)
     ("bandwidth", "lanes", "speculating", "speculative"),
     [
         (0.0, 4, 0, UNMEASURED),  # nothing is known yet
-        (1e9, 4, 0, 10**6 // PAGE * PAGE),  # a millisecond of it
-        (1e9, 4, 1, 0),  # which is in flight already
+        (2e9, 4, 0, 2 * 10**6 // PAGE * PAGE),  # a millisecond of it
+        (2e9, 4, 1, 0),  # which is in flight already
         (6e9, 4, 1, 3_000_000 // PAGE * PAGE),  # more than the longest chunk: two halves
         (6e9, 4, 2, 0),
         (1e12, 4, 2, 4 * MIB),  # as many lanes as there are but one
