@@ -1,7 +1,8 @@
 """What the core's decisions take per layer at batch 1: gate, misses, chunks, release and prediction, nothing else.
 
 No bytes move and no predictor runs: events go in and plans come out, as from a link and a layer. 48 layers of 128
-experts, half of them in slots, 8 needed per token; two layers' rankings of 8 per layer are told ahead.
+experts, half of them in slots, 8 needed per token. Each layer is predicted twice, two layers and one layer ahead, all 8
+of its experts; of those missing, half are let ahead of need, and the others are asked for at the gate.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Model:
 
     def _drive(self) -> None:
         core = self.core
-        while (chunk := core.next_chunk(CHUNK, 1 << 20)) is not None:
+        while (chunk := core.next_chunk(CHUNK, CHUNK)) is not None:
             if core.landed(chunk):
                 core.finished(chunk.transfer)
 
@@ -58,16 +59,19 @@ class Model:
         """Run so many layers; return seconds per layer in the core."""
         taken, core = 0.0, self.core
         whole, part = divmod(self._misses, 1.0)
+        room = CUTS.ends[-1] * self._misses / 4
+        needed: dict[int, list[int]] = {}
         for index in range(layers):
-            layer = index % LAYERS
-            needed = self._draw(layer, int(whole) + (self._random.random() < part))
-            # What is predicted is what will be missed, and some of the rest: speculation is copied, not only ranked.
-            later = [(layer + ahead) % LAYERS for ahead in (1, 2)]
-            ranked = [[ExpertKey(to, expert) for expert in self._draw(to, int(whole))] for to in later]
+            layer, later = index % LAYERS, [(index + ahead) % LAYERS for ahead in (1, 2)]
+            for to in (layer, *later):
+                if to not in needed:
+                    needed[to] = self._draw(to, int(whole) + (self._random.random() < part))
+            ranked = [[ExpertKey(to, expert) for expert in needed[to]] for to in later]
+            experts = needed.pop(layer)
             began = time.perf_counter()
             for to, keys in zip(later, ranked, strict=True):
-                core.predict(core.position_of(to, 0), keys, float(CUTS.ends[-1]) * whole)
-            self._serve(layer, needed)
+                core.predict(core.position_of(to, 0), keys, room)
+            self._serve(layer, experts)
             taken += time.perf_counter() - began
         return taken / layers
 
@@ -76,7 +80,7 @@ def main() -> None:
     args = record.arguments(__doc__ or "").parse_args()
     record.confine()
     results = record.results(args, "core")
-    layers, repeats, long = (480, 2, 4_800) if args.quick else (2_400, 5, 96_000)
+    layers, repeats, long = (480, 2, 4_800) if args.quick else (2_400, 5, 48_000)
     for misses, target in ((2.5, 40.0), (0.0, 10.0)):
         case = f"{misses:g} misses per layer"
         if results.has(case):

@@ -43,6 +43,7 @@ class Admission:
         self._worth = worth
         self._all: dict[tuple[Hashable, int], _Record] = {}
         self._own: dict[tuple[Hashable, int, int], _Record] = {}
+        self._worthy: dict[tuple[Hashable, int], list[bool]] = {}
         self._open: dict[int, dict[Hashable, list[tuple[int, int]]]] = {}
 
     def rate(self, way: Hashable, layer: int, place: int) -> float:
@@ -52,7 +53,11 @@ class Admission:
 
     def worthy(self, way: Hashable, layer: int) -> list[bool]:
         """Return by place whether a guess is worth a copy."""
-        return [self.rate(way, layer, place) >= self._worth for place in range(PLACES)]
+        known = self._worthy.get((way, layer))
+        if known is None:
+            known = [self.rate(way, layer, place) >= self._worth for place in range(PLACES)]
+            self._worthy[way, layer] = known
+        return known
 
     def guessed(self, way: Hashable, layer: int, guesses: Iterable[tuple[int, int]]) -> None:
         """Note (expert, place) pairs that this way names for a layer, and that are not there yet."""
@@ -60,14 +65,16 @@ class Admission:
 
     def settle(self, layer: int, needed: Collection[int]) -> None:
         """The layer needs these experts: judge what was guessed."""
-        for way, guesses in self._open.pop(layer, {}).items():
+        for way, guesses in self._open.pop(layer, _NO_GUESSES).items():
             for expert, place in guesses:
                 right = expert in needed
                 self._all.setdefault((way, place), _Record()).note(right)
                 self._own.setdefault((way, layer, place), _Record()).note(right)
+                self.worthy(way, layer)[place] = self.rate(way, layer, place) >= self._worth
 
 
 _NOTHING = _Record()
+_NO_GUESSES: dict[Hashable, list[tuple[int, int]]] = {}
 
 
 def place_of(rank: int, ranked: int) -> int:

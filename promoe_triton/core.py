@@ -211,7 +211,8 @@ class Core:
             self._expected[key] = min(position, self._expected.get(key, position))
         for key in reversed(resident):
             table.touch(key)
-        self.admission.guessed(way, layer, guesses)
+        if guesses:
+            self.admission.guessed(way, layer, guesses)
 
     def position_of(self, layer: int, steps: int) -> int:
         """Return the position of `layer` `steps` passes from now; 0: in this pass, or the next if it has been."""

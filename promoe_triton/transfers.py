@@ -109,9 +109,10 @@ class TransferQueue:
         elif progress.whole:
             end = progress.nbytes
         else:
-            left = progress.ends[bisect.bisect_right(progress.ends, begin)] - begin
-            # Chunks of equal size: a small last one costs nearly as much as a large one.
-            end = begin + min(left, budget, round_up(ceil(left / ceil(left / budget))))
+            end = progress.ends[bisect.bisect_right(progress.ends, begin)]
+            if (left := end - begin) > budget:
+                # Chunks of equal size: a small last one costs nearly as much as a large one.
+                end = begin + min(budget, round_up(ceil(left / ceil(left / budget))))
         progress.cursor = max(progress.cursor, end)
         progress.in_flight += 1
         if progress.handed_out:
