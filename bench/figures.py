@@ -283,6 +283,7 @@ def grouped(
 def ratio_bars(axes: Axes, rows: Sequence[Row]) -> None:
     """Draw the speed of all over lru for batches and sizes, and of chance over no prediction."""
     found = [r for r in rows if r.metric == "speed" and re.search("batch|experts of|chance", r.case)]
+    found.sort(key=lambda r: "chance" in r.case)
     labels = [re.sub(r"decode, |, 50.0% in slots", "", r.case).replace(", ", ",\n") for r in found]
     for i, r in enumerate(found):
         bars(axes, [i], [r], 0.6, GOLD if "chance" in r.case else BLUE, "")

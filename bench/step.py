@@ -70,6 +70,7 @@ def draw(trace: Path) -> None:
         axes.axvline(begin, color="black", lw=0.4, ls=":")
         axes.annotate(f"layer {layer}", (begin, len(lanes) - 0.45), fontsize=6.5)
     axes.set_yticks([len(lanes) - 1 - tid for tid in lanes], list(lanes.values()), fontsize=8)
+    axes.set_ylim(-0.6, len(lanes) - 0.1)
     axes.set_xlabel("ms", fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color, _ in colors.values()]
     labels = [label for _, label in colors.values()]
