@@ -99,6 +99,7 @@ class OneToken(Rows):
             up_parts=parts[0],
             down_parts=parts[1],
         )
+        self.sorted_A: list[int] = []
         self.gate_RF, self.up_RF = up_RN[:, : N // 2], up_RN[:, N // 2 :]
         self.h_RF = like.new_empty((A, N // 2)) if usual_gate else None
         if self.h_RF is not None:
@@ -264,6 +265,7 @@ class Grouped(_Placed):
             one.up_RN.zero_()
             one.down_RD.zero_()
         one.x_TD, one.weights_TA, one.rows = x_TD, weights_TA, rows
+        one.sorted_A = sorted(range(A), key=ids.__getitem__)
         one.x_groups = [*rows_in(x, one.up_parts)] * A
         return one
 
@@ -282,12 +284,22 @@ class Grouped(_Placed):
                 return
             gate_RF, up_RF = call.up_RN.chunk(2, dim=-1)
             h_RF = self._activation(gate_RF).mul_(up_RF)
+        elif isinstance(call, OneToken):
+            # In the order in which grouped_mm has them: the last elements of an array that fill no vector register
+            # go through another exp.
+            order_A = torch.tensor(call.sorted_A)
+            sorted_RF = self._own_gate(call.up_RN[order_A])
+            h_RF = torch.empty_like(sorted_RF).index_copy_(0, order_A, sorted_RF)
         else:
-            module = self.module
-            h_RF = module._apply_gate(call.up_RN) if module.has_gate else module.act_fn(call.up_RN)
+            h_RF = self._own_gate(call.up_RN)
         call.h_groups = (
             h_RF.split_with_sizes(call.sizes) if call.order_R is not None else rows_in(h_RF, call.down_parts)
         )
+
+    def _own_gate(self, up_RN: Tensor) -> Tensor:
+        module = self.module
+        h_RF: Tensor = module._apply_gate(up_RN) if module.has_gate else module.act_fn(up_RN)
+        return h_RF
 
     def down(self, call: Rows, experts: Sequence[int] | None) -> None:
         weights, biases = self._operands(self.down_name, self.layout.down_bias, call.down_parts)
