@@ -1,0 +1,102 @@
+"""Where experts lie: data[slot_of_E[e]] for every expert e that is resident.
+
+| name      | shape    | meaning                                                                      |
+|-----------|----------|------------------------------------------------------------------------------|
+| data      | S, ...   | one tensor of every slot, a view of the buffer of all slots: any slot stride |
+| slot_of_E | E        | int32 or int64: the slot of each expert, -1: not resident                    |
+
+The product of slot and slot stride is taken in 64 bits (Qwen3-30B's pool passes 2^31 elements at slot 683), offsets
+inside an expert in 32. Tensors that lie at no regular distance come as a view with slot stride 1, their slots being
+distances in elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from promoe_triton.kernels.activation import ACTIVATIONS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """One tensor of every expert in slots."""
+
+    data: Tensor
+    slot_of_E: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.data, self.slot_of_E
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What becomes of a product: see `activation`. gated: its columns are gate and up, in halves or by turns.
+
+    alpha, limit: of "clamped_swiglu".
+    """
+
+    activation: str = "none"
+    gated: bool = False
+    interleaved: bool = False
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.interleaved and not self.gated:
+            raise ValueError("interleaved columns are those of gate and up, but gated is False")
+        if self.activation == "clamped_swiglu" and not self.gated:
+            raise ValueError("clamped_swiglu combines gate and up, but gated is False")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """One product of every expert: rows times weight, times scale, plus bias, then the gate.
+
+    weight: [S, N, K], in memory also [S, K, N]: its strides tell. scale: fp32 [S, N], one factor for every row of
+    the weight, for weights that are stored in another type than the rows; bias: [S, N].
+    """
+
+    weight: Pool
+    bias: Pool | None = None
+    scale: Pool | None = None
+    gate: Gate = field(default_factory=Gate)
+
+    @property
+    def K(self) -> int:
+        return self.weight.data.shape[2]
+
+    @property
+    def N(self) -> int:
+        """Columns of the result."""
+        return self.weight.data.shape[1] // (2 if self.gate.gated else 1)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether N is the dimension that lies together in memory."""
+        return self.weight.data.stride(2) != 1
+
+    @property
+    def experts(self) -> int:
+        return self.weight.slot_of_E.shape[0]
+
+
+@triton.jit
+def slot_base(data_ptr, slot_ptr, e, stride_s):
+    """Address of expert e's tensor."""
+    return data_ptr + tl.load(slot_ptr + e).to(tl.int64) * stride_s
+
+
+@triton.jit
+def is_due(slot_ptr, wave_ptr, e, HAS_WAVE: tl.constexpr):
+    """Whether expert e is resident and belongs to this wave."""
+    due = tl.load(slot_ptr + e) >= 0
+    if HAS_WAVE:
+        due = due & (tl.load(wave_ptr + e) != 0)
+    return due
