@@ -20,7 +20,7 @@ Slots = int | float | str | None
 Partition = Literal["auto", "layer", "global"]
 IO = Literal["auto", "buffered", "direct"]
 StoreKind = Literal["auto", "checkpoint", "spool"]
-BackendName = Literal["auto", "torch"]
+BackendName = Literal["auto", "torch", "triton"]
 PREDICTORS = ("auto", "gate", "history", "token", "random", "none")
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -84,7 +84,8 @@ class Config:
     ablation: which of the paper's techniques are on: ``"all"``, or a step of its ablation (``"static"``,
         ``"layer"``, ``"lru"``, ``"+prefetch"``, ``"+chunks"``, ``"+preemption"``, ``"+reorder"``), or one alone
         (``"chunks"``, ``"preemption"``, ``"reorder"``). For measuring; the output is always the same.
-    backend: what computes; ``"auto"`` and ``"torch"`` are the same in this version.
+    backend: what computes: ``"torch"``, ``"triton"`` (kernels for GPUs; with slots in RAM only in Triton's
+        interpreter, for tests), ``"auto"``: Triton on a GPU, torch elsewhere.
     io_timeout: seconds without progress after which a read is given up with an error.
     lock_timeout: seconds a forward waits for another thread's forward through the same layer.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from promoe_triton.backends.torch import TorchBackend
+from promoe_triton.backends.choice import make_backend
 from promoe_triton.budget import Budget, available_memory
 from promoe_triton.config import Config, format_size
 from promoe_triton.core import Core
@@ -178,7 +178,7 @@ class ModelRuntime:
         self.config = config
         self.store = store
         self.budget = budget
-        self.backend = TorchBackend()
+        self.backend = make_backend(config.backend, config.device)
         self.popularity = popularity
         self.originals: list[dict[str, nn.Parameter]] = []
         self._lock = threading.RLock()

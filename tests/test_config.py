@@ -87,7 +87,7 @@ def test_bad_slots(slots: Any, error: type[Exception], message: str) -> None:
         pytest.param({"io": None}, ValueError, "got None", id="io-none"),
         pytest.param({"partition": "none"}, ValueError, "partition must be one of auto, layer, global", id="partition"),
         pytest.param({"policy": "fifo"}, ValueError, "policy must be one of lru, lfru, static", id="policy"),
-        pytest.param({"backend": "triton"}, ValueError, "backend must be one of auto, torch", id="backend"),
+        pytest.param({"backend": "cuda"}, ValueError, "backend must be one of auto, torch", id="backend"),
         pytest.param({"depth": 0}, ValueError, "at least 1 read in flight, got 0", id="depth-0"),
         pytest.param({"chunk": 0}, ValueError, "multiple of 4096", id="chunk-0"),
         pytest.param({"chunk": -4096}, ValueError, "multiple of 4096", id="chunk-negative"),
