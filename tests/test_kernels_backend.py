@@ -1,0 +1,187 @@
+"""The Triton backend behind the package's own seams: tiny models of every layout, resident and with few slots.
+
+In Triton's interpreter: slots are in RAM in this version, so on a machine with a GPU, where kernels are compiled, there
+is nothing these tests could run on yet.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from zoo import FAMILIES, moe_experts
+
+import promoe_triton
+from promoe_triton import PromoeError
+from promoe_triton.backends.choice import make_backend
+from promoe_triton.backends.gates import fused_gate
+from promoe_triton.backends.triton import UNIT, Places, TritonBackend
+from promoe_triton.kernels.checks import IS_INTERPRETED
+from promoe_triton.kernels.twins import error
+from promoe_triton.patch._families import describe
+from promoe_triton.protocols import Part, TensorSpec
+
+pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="slots are in RAM in this version, kernels on the GPU")
+
+LAYOUTS = {
+    "mixtral": "silu",  # gate and up in halves
+    "gpt_oss": "clamped_swiglu",  # by turns, transposed, biases
+    "aria_text": "silu",  # transposed
+    "nemotron_h": "relu2",  # no gate
+    "muse_spark": "silu",  # a norm between the second product and the weights
+    "step3p7": None,  # a gate of its own between the products
+    "deepseek_v4": None,
+    "longcat_flash": "silu",  # ids above the experts are identities
+    "openai_privacy_filter": "clamped_swiglu",  # in halves, biases
+    "llama4": "silu",  # all tokens to all experts, transposed
+    "dbrx": None,  # gate and up apart, down transposed
+    "jetmoe": "none",  # a single product
+    "zaya": "silu",  # skips with weight zero
+    "gemma4_text": "gelu_tanh",
+}
+SLOTS = 4
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    return FAMILIES[name].build()
+
+
+def output(model: Any, name: str, tokens: int) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**FAMILIES[name].inputs(model, tokens))[0]
+    return result
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name in FAMILIES])
+def test_models(name: str, tmp_path: Path) -> None:
+    """A prompt, whose rows are grouped, and two tokens, whose rows are not: as stock, whatever is resident."""
+    stock, prompts = build(name), (7, 2)
+    want = [output(stock, name, tokens) for tokens in prompts]
+    resident = promoe_triton.patch(build(name), backend="triton")
+    whole = [output(resident, name, tokens) for tokens in prompts]
+    assert all(error(got, expected) < 1e-5 for got, expected in zip(whole, want, strict=True))
+    few = promoe_triton.patch(build(name), slots=SLOTS, store="spool", spool_dir=tmp_path, backend="triton")
+    assert all(torch.equal(output(few, name, t), expected) for t, expected in zip(prompts, whole, strict=True))
+    assert promoe_triton.stats(few).misses > 0
+    promoe_triton.unpatch(few)
+    assert torch.equal(output(few, name, 2), want[1])
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name in FAMILIES])
+def test_gates_are_found(name: str) -> None:
+    experts = next(iter(moe_experts(build(name)).values()))
+    layout = describe(experts)
+    assert layout is not None
+    kernels: Any = TritonBackend().layer(experts, layout, layout.spec(experts))
+    assert (kernels._gate.activation if kernels._gate else None) == LAYOUTS[name]
+
+
+def test_a_gate_that_is_none_of_ours_is_not_fused() -> None:
+    experts: Any = next(iter(moe_experts(build("mixtral")).values()))
+    layout = describe(experts)
+    assert layout is not None
+    assert fused_gate(experts, layout, gated=True) is not None
+    experts.act_fn = torch.nn.Tanh()
+    assert fused_gate(experts, layout, gated=True) is None
+
+
+def test_generates_the_same_tokens(tmp_path: Path) -> None:
+    stock = build("mixtral")
+    inputs = FAMILIES["mixtral"].inputs(stock, 5)
+    want = stock.generate(**inputs, max_new_tokens=3, do_sample=False)
+    model = promoe_triton.patch(build("mixtral"), slots=4, store="spool", spool_dir=tmp_path, backend="triton")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), want)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    stock = build("gpt_oss").bfloat16()
+    want = output(stock, "gpt_oss", 5)
+    model = build("gpt_oss").bfloat16()
+    promoe_triton.patch(model, slots=SLOTS, store="spool", spool_dir=tmp_path, backend="triton")
+    assert error(output(model, "gpt_oss", 5), want) < 2e-2
+
+
+def test_resident_weights_may_be_cast() -> None:
+    """Their memory is another then, and nothing may be read from the old."""
+    model = promoe_triton.patch(build("mixtral"), backend="triton")
+    before = output(model, "mixtral", 3)
+    model.to(torch.bfloat16)
+    assert error(output(model, "mixtral", 3), before) < 3e-2
+    model.to(torch.float32)
+    assert error(output(model, "mixtral", 3), before) < 3e-2
+
+
+class TestPlaces:
+    """Experts lie at distances from the beginning of one memory, in steps that keep loads aligned where all are."""
+
+    spec = TensorSpec(name="w", part=Part.UP, shape=(3, 4), dtype=torch.float32)
+
+    def at(self, memory: Tensor, offset: int) -> Tensor:
+        return memory[offset : offset + 12].view(3, 4)
+
+    def test_regular(self) -> None:
+        places, memory = Places(self.spec, 4, transposed=False), torch.arange(1000.0)
+        for e, offset in enumerate((0, 3 * UNIT, UNIT)):
+            places.place(e, self.at(memory, offset))
+        assert places.pool.data.stride() == (UNIT, 4, 1)
+        assert places.pool.slot_of_E.tolist() == [0, 3, 1, -1]
+        assert torch.equal(places.pool.data[3], self.at(memory, 3 * UNIT))
+
+    def test_at_any_phase(self) -> None:
+        places, memory = Places(self.spec, 3, transposed=True), torch.arange(1000.0)
+        places.place(0, self.at(memory, UNIT))
+        places.place(1, self.at(memory, 7))
+        places.place(2, self.at(memory, 988))  # the last there is room for
+        for e, offset in enumerate((UNIT, 7, 988)):
+            assert torch.equal(places.pool.data[int(places.pool.slot_of_E[e])], self.at(memory, offset).t())
+
+    def test_other_memory(self) -> None:
+        places, memory = Places(self.spec, 2, transposed=False), torch.arange(1000.0)
+        places.place(0, self.at(memory, 0))
+        places.place(1, self.at(memory.clone(), 0))
+        assert places.pool.slot_of_E.tolist() == [-1, 0]
+        with pytest.raises(PromoeError, match=r"w of experts \[0\] is not in a slot"):
+            places.check(None)
+
+    def test_removed(self) -> None:
+        places = Places(self.spec, 2, transposed=False)
+        with pytest.raises(PromoeError, match="no expert's w has been placed"):
+            _ = places.pool
+        places.remove(0)
+        places.place(1, torch.zeros(3, 4))
+        places.check([1])
+        places.remove(1)
+        with pytest.raises(PromoeError, match=r"w of experts \[1\] is not in a slot"):
+            places.check([1])
+
+    def test_not_contiguous(self) -> None:
+        with pytest.raises(ValueError, match=r"w: expected a contiguous tensor, got strides \(1, 3\)"):
+            Places(self.spec, 2, transposed=False).place(0, torch.zeros(4, 3).t())
+
+
+def test_what_auto_means() -> None:
+    assert make_backend("auto", "cpu").name == "torch"
+    assert make_backend("auto", "cuda:0").name == "triton"
+    assert make_backend("torch", "cuda").name == "torch"
+
+
+def test_a_cpu_without_the_interpreter_is_refused() -> None:
+    code = """
+from promoe_triton.backends.choice import make_backend
+from promoe_triton import PromoeError
+try:
+    make_backend("triton", "cpu")
+except PromoeError as error:
+    assert "use backend='torch'" in str(error), error
+else:
+    raise SystemExit("made")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
