@@ -135,9 +135,15 @@ class Waves:
 
     def close(self) -> None:
         """Give all leases back."""
-        needs = self._needs
-        self._link.tell(lambda: self._core.release([*needs.resident, *needs.missing]))
-        for key in needs.leaving:
+        for key in self._needs.leaving:
             self._layer.kernels.remove(key.expert)
-            self._link.tell(lambda key=key: self._core.discard(key))  # type: ignore[misc]
+        self._link.tell(self._give_back)
         self._layer.check_resident()
+
+    def _give_back(self) -> None:
+        """At once: what has no lease any more may be evicted by the next chunk that wants a slot."""
+        needs = self._needs
+        leaving = {*needs.leaving}
+        for key in leaving:
+            self._core.discard(key)
+        self._core.release(key for key in [*needs.resident, *needs.missing] if key not in leaving)
