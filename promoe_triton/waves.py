@@ -146,4 +146,4 @@ class Waves:
         leaving = {*needs.leaving}
         for key in leaving:
             self._core.discard(key)
-        self._core.release(key for key in [*needs.resident, *needs.missing] if key not in leaving)
+        self._core.release([key for key in [*needs.resident, *needs.missing] if key not in leaving])
