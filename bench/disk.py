@@ -3,8 +3,8 @@
 Plain: os.preadv with O_DIRECT, one chunk after another through the checkpoint, over chunk sizes and numbers of
 threads, into memory as large as the product's slots; and, named so, into the same few small buffers again and
 again, which stay in the processor's cache: faster than any reader that keeps what it reads. And the ranges of random
-experts, by bare threads that do nothing else. Product: the core and DiskLink asked for random distinct experts, as
-many on their way as a token asks for; only the experts' own bytes count. Direct reads leave the page cache out of it.
+experts, by bare threads that do nothing else. Product: the core and its link asked for random distinct experts, as many
+on their way as a token asks for; only the experts' own bytes count. Direct reads leave the page cache out of it.
 All take turns, with the processor idle and with a thread that streams matrix-vector products.
 """
 
@@ -31,7 +31,8 @@ from timing import ratios, take_turns
 from promoe_triton.chunking import Chunking
 from promoe_triton.config import Config, format_size
 from promoe_triton.core import Core
-from promoe_triton.links.disk import DiskLink
+from promoe_triton.links.filling import SlotFiller
+from promoe_triton.links.threads import ThreadedLink
 from promoe_triton.memory import SlotMemory
 from promoe_triton.policies import make_policy
 from promoe_triton.protocols import ExpertKey, Part, Transfer
@@ -146,10 +147,8 @@ def random_experts(shape: Shape, nbytes: int) -> list[ExpertKey]:
 def product(store: CheckpointStore, memory: SlotMemory, shape: Shape, reading: Reading, nbytes: int) -> float:
     """Fetch random distinct experts of `nbytes` in all through the product's link; return GB/s."""
     wanted = random_experts(shape, nbytes)
-    link = DiskLink(
-        store,
-        [memory] * shape.layers,
-        direct=True,
+    link = ThreadedLink(
+        SlotFiller(store, [memory] * shape.layers, direct=True),
         depth=reading.depth,
         chunking=Chunking(name="adaptive", longest=reading.chunk, latency=1e-3),
         timeout=60.0,

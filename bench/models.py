@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from promoe_triton.demo.inflate import inflate
-from promoe_triton.patch._swap import checkpoint_store, find_experts
+from promoe_triton.patch._rest import checkpoint_store
+from promoe_triton.patch._swap import find_experts
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.resolve import resolve_files
 

@@ -18,7 +18,8 @@ from models import MODEL, large_checkpoint, open_store
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.core import Core
-from promoe_triton.links.disk import DiskLink
+from promoe_triton.links.filling import SlotFiller
+from promoe_triton.links.threads import ThreadedLink
 from promoe_triton.memory import SlotMemory
 from promoe_triton.policies import make_policy
 from promoe_triton.protocols import ExpertKey, Part
@@ -45,7 +46,9 @@ class Traffic:
     def __init__(self, store: CheckpointStore, chunking: Chunking, seed: int) -> None:
         layers, slot_bytes = len(store.specs), store.slot_bytes(0, 64)
         memory = SlotMemory(layers * SLOTS, slot_bytes)
-        self.link = DiskLink(store, [memory] * layers, direct=True, depth=DEPTH, chunking=chunking, timeout=60.0)
+        self.link = ThreadedLink(
+            SlotFiller(store, [memory] * layers, direct=True), depth=DEPTH, chunking=chunking, timeout=60.0
+        )
         tables = [SlotTable(range(i * SLOTS, (i + 1) * SLOTS), make_policy("lru", {})) for i in range(layers)]
         self.core = Core(tables, self.link.cuts, overtake=chunking.overtake)
         self.link.restart(self.core)

@@ -1,4 +1,4 @@
-"""From what the user asked for to slots per layer, within the memory there is. Pure but for reading /proc."""
+"""From what the user asked for to slots per layer, within the memory there is. Pure but for asking how much that is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from promoe_triton.config import Partition, Slots, format_size, parse_size
 from promoe_triton.errors import PromoeError
@@ -120,6 +122,18 @@ def _one_per_pool(shares: tuple[int, ...], needs: Sequence[LayerNeed]) -> tuple[
             moved[i] += 1
             held[need.spec] += 1
     return tuple(moved)
+
+
+RAM = torch.device("cpu")
+
+
+def free_memory(device: torch.device = RAM) -> int:
+    """Bytes that may still be taken in the memory of a device."""
+    if device.type == "cpu":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for itself and does not use.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def available_memory() -> int:

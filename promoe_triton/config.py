@@ -19,7 +19,7 @@ from promoe_triton.techniques import ABLATION, Step, Technique
 Slots = int | float | str | None
 Partition = Literal["auto", "layer", "global"]
 IO = Literal["auto", "buffered", "direct"]
-StoreKind = Literal["auto", "checkpoint", "spool"]
+StoreKind = Literal["auto", "checkpoint", "spool", "memory"]
 BackendName = Literal["auto", "torch", "triton"]
 PREDICTORS = ("auto", "gate", "history", "token", "random", "none")
 
@@ -54,14 +54,16 @@ class Config:
 
     slots: how many experts fast memory holds: a count over the whole model (int >= 1), a share of all experts
         (float in (0, 1]), or a size with its unit (``"12GiB"``). None: whatever fits, everything where it does.
-    device: where slots live. Only ``"cpu"`` (RAM) in this version.
-    store: where experts rest when they are not in slots. ``"checkpoint"``: the files the model came from;
-        ``"spool"``: a temporary copy of a loaded model; ``"auto"``: the checkpoint if it holds these very weights
-        (`from_pretrained`: if its experts can be read one at a time), else a spool.
+    device: where slots live and the model runs: ``"cuda"`` (or ``"cuda:1"``), ``"cpu"`` (RAM); ``"auto"``: the GPU if
+        there is one. The rest of the model is moved there, and back when it is unpatched.
+    store: where experts rest when they are not in slots. ``"memory"``: in RAM as they were loaded (for slots on a GPU;
+        with slots in RAM for tests); ``"checkpoint"``: the files the model came from; ``"spool"``: a temporary copy of
+        a loaded model; ``"auto"``: memory for a GPU where RAM suffices, else the checkpoint if it holds these very
+        weights (`from_pretrained`: if its experts can be read one at a time), else a spool.
     spool_dir: folder for the spool; None takes the system's temporary folder.
     io: ``"direct"`` reads past the page cache, ``"buffered"`` through it; ``"auto"`` is buffered when all
         experts fit in available memory beside the slots.
-    depth: reads in flight, each on its own thread.
+    depth: copies in flight, each on its own thread (and, to a GPU, its own stream).
     chunking: how copies are cut. ``"adaptive"``: as long as `chunk` where a layer waits for them, and of what is
         copied ahead no more at a time than takes `latency` seconds, so that an urgent copy can overtake;
         ``"fixed"``: `chunk` bytes; ``"tensor"``: one tensor; ``"expert"``: `chunk` bytes, but nothing overtakes an
@@ -69,7 +71,7 @@ class Config:
     chunk: the most bytes of one copy, as an int or a size with its unit; a multiple of 4096.
     latency: seconds that an urgent copy may wait for what is in flight ahead of need.
     bandwidth: a limit on bytes per second from the store, as an int or a size with its unit (``"1.5GB/s"``), to
-        see how a slower disk would do; None: what the disk gives.
+        see how a slower disk or bus would do; None: what there is.
     partition: ``"layer"`` gives each layer its own equal share of the slots, ``"global"`` lets layers compete;
         ``"auto"`` is per layer unless there are fewer slots than layers.
     policy: which expert leaves when a slot is needed: ``"lru"``, ``"lfru"`` or ``"static"``.
@@ -91,7 +93,7 @@ class Config:
     """
 
     slots: Slots = None
-    device: str = "cpu"
+    device: str = "auto"
     store: StoreKind = "auto"
     spool_dir: Path | str | None = None
     io: IO = "auto"
@@ -114,8 +116,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_slots(self.slots)
-        if self.device != "cpu":
-            raise ValueError(f"device must be 'cpu' in this version (slots in RAM), got {self.device!r}")
+        check_device_name(self.device)
         for name, choices in (
             ("store", get_args(StoreKind)),
             ("io", get_args(IO)),
@@ -195,6 +196,14 @@ def meant_by(name: str) -> str | None:
     """Return the option whose name is spelled nearly like this one, if there is one."""
     close = difflib.get_close_matches(name, [field.name for field in fields(Config)], n=1, cutoff=0.8)
     return close[0] if close else None
+
+
+def check_device_name(name: object) -> None:
+    """Raise TypeError or ValueError unless `name` is "auto", "cpu", "cuda" or a GPU such as "cuda:1"."""
+    if not isinstance(name, str):
+        raise TypeError(f"device must be a name such as 'cuda', got {name!r}")
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name) is None:
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or a GPU such as 'cuda:1', got {name!r}")
 
 
 def check_slots(slots: Slots) -> None:

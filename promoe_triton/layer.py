@@ -46,9 +46,11 @@ class ProMoEExperts(nn.Module):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.compute(x_TD, expert_ids_TA, weights_TA)
-        if not x_TD.is_cpu:
-            raise PromoeError(f"the experts' slots are in RAM, but their input is on {x_TD.device}; move it to the CPU")
         layer = self._promoe
+        if x_TD.device != layer.model.device:
+            raise PromoeError(
+                f"the experts' slots are on {layer.model.device}, but their input is on {x_TD.device}; move it there"
+            )
         try:
             layer.model.enter(layer.index)
             layer.bind(self)
@@ -84,18 +86,26 @@ class ProMoEExperts(nn.Module):
         self.check_apply(fn)
         if self._promoe.table is None:
             self._promoe.unbind()
+            name = self._promoe_name
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._promoe_name = name  # it is the host that reads it
         return self
 
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Raise PromoeError where `fn` would move or cast weights that are at rest."""
+        """Raise PromoeError where `fn` would move slots, or cast weights that are at rest."""
         layer = self._promoe
-        for name, parameter in self.named_parameters() if layer.table is not None else ():
-            probe = fn(torch.empty(0, dtype=parameter.dtype))
-            if probe.dtype != parameter.dtype or probe.device.type != "cpu":
+        device = layer.model.device
+        for name, parameter in self.named_parameters():
+            probe = fn(torch.empty(0, dtype=parameter.dtype, device=device))
+            if probe.device != device:
                 raise PromoeError(
-                    f"the experts rest in {layer.model.store.describe()} and cannot be moved to {probe.device} "
-                    f"or cast to {probe.dtype} ({name} is {parameter.dtype} on the CPU); unpatch first"
+                    f"the slots of the experts are on {device} and cannot be moved to {probe.device}; unpatch first, "
+                    "and patch with device=..."
+                )
+            if layer.table is not None and probe.dtype != parameter.dtype:
+                raise PromoeError(
+                    f"the experts rest in {layer.model.store.describe()} and cannot be cast to {probe.dtype} ({name} "
+                    f"is {parameter.dtype}); unpatch first"
                 )
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -103,7 +113,7 @@ class ProMoEExperts(nn.Module):
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         layer = self._promoe
         if layer.table is not None:
-            layer.model.check_room("the state dict of this layer's experts", layer.nbytes)
+            layer.model.check_read_back("the state dict of this layer's experts", layer.nbytes)
             for name, tensor in layer.stack(self).items():
                 state[prefix + name] = tensor
         return state
@@ -154,8 +164,8 @@ class JetMoeExperts(ProMoEExperts):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
-        sizes = torch.tensor(expert_size)
-        ids = torch.arange(len(expert_size)).repeat_interleave(sizes)
+        sizes = torch.tensor(expert_size, device=inputs.device)
+        ids = torch.arange(len(expert_size), device=inputs.device).repeat_interleave(sizes)
         return self._experts(inputs, ids.view(-1, 1), inputs.new_ones((len(ids), 1)))
 
 

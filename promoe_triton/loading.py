@@ -17,28 +17,20 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from promoe_triton.budget import available_memory
+from promoe_triton.budget import free_memory
 from promoe_triton.config import Config, configured, meant_by
+from promoe_triton.devices import dense_bytes, resolve_device
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.memory import in_files, own_memory
 from promoe_triton.patch._families import describe
 from promoe_triton.patch._quantised import refuse_quantised
-from promoe_triton.patch._swap import (
-    check_patchable,
-    checkpoint_store,
-    find_experts,
-    install,
-    patch,
-    plan,
-)
+from promoe_triton.patch._rest import checkpoint_store, nbytes_of, plan, room_for_context
+from promoe_triton.patch._swap import check_patchable, find_experts, install, patch
 from promoe_triton.stores.conversion import QuantisedTensor
 from promoe_triton.stores.resolve import resolve_files
 
 logger = logging.getLogger(__name__)
-
-RESERVE = 2**30
-"""Bytes of memory left free for activations where the number of slots is ours to choose."""
 
 _UNSUPPORTED = (
     "device_map",
@@ -82,6 +74,7 @@ def from_pretrained(name: str, config: Config | PreTrainedConfig | None = None, 
     if isinstance(config, PreTrainedConfig):
         options["config"], config = config, None
     config = configured(config, chosen)
+    device = resolve_device(config.device)
     for unsupported in _UNSUPPORTED:
         if (value := options.get(unsupported)) is not None and value is not False:
             raise PromoeError(f"from_pretrained does not support {unsupported} yet; leave it out")
@@ -92,7 +85,12 @@ def from_pretrained(name: str, config: Config | PreTrainedConfig | None = None, 
     found = find_experts(skeleton)
     files = resolve_files(name, **file_options)
     reason = _unreadable(skeleton, found, files, options.get("key_mapping"))
-    if config.slots is None and _everything_fits(skeleton, found):
+    whole = config.slots is None and _everything_fits(skeleton, device)
+    # Beside slots on a GPU, RAM is the nearest place to rest in.
+    in_memory = config.store == "memory" or (
+        config.store == "auto" and device.type != "cpu" and nbytes_of(skeleton.parameters()) <= free_memory()
+    )
+    if whole or in_memory:
         model = type(skeleton).from_pretrained(name, **options)
         return patch(model.eval(), config)
     if reason is not None:
@@ -107,16 +105,19 @@ def from_pretrained(name: str, config: Config | PreTrainedConfig | None = None, 
         stub = model.get_submodule(path)
         owner, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(owner), leaf, stub.restore())
-    own_memory(in_files((*model.parameters(), *model.buffers())))
+    if device.type == "cpu":
+        own_memory(in_files((*model.parameters(), *model.buffers())))
     check_patchable(model, resting=True)
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
     layouts = list(found.values())
     store = checkpoint_store(model, found, files, options.get("key_mapping"))
     # What the context needs shapes our own choice of slots; it is no ground to refuse the user's.
-    room = room_for_context(model) if config.slots is None else 0
-    budget = plan(config, store, layouts, max(available_memory() - room, 0))
-    install(model, modules, layouts, config, store, budget)
+    taken = (room_for_context(model) if config.slots is None else 0) + (
+        0 if device.type == "cpu" else dense_bytes(model, ())
+    )
+    budget = plan(config, store, layouts, max(free_memory(device) - taken, 0))
+    install(model, modules, layouts, config, device, store, budget)
     return model
 
 
@@ -174,28 +175,8 @@ def _unreadable(
     return None
 
 
-def _everything_fits(skeleton: PreTrainedModel, found: Mapping[str, ExpertLayout]) -> bool:
-    size = sum(parameter.nbytes for parameter in skeleton.parameters())
-    return bool(size + room_for_context(skeleton) <= available_memory())
-
-
-def room_for_context(model: PreTrainedModel) -> int:
-    """Return bytes for activations and the KV cache of one sequence as long as the model allows."""
-    configuration = model.config.get_text_config()
-
-    def number(*names: str) -> int:
-        for name in names:
-            # A configuration that differs by layer may refuse to name one value for all.
-            with contextlib.suppress(Exception):
-                if isinstance(value := getattr(configuration, name, None), int):
-                    return value
-        return 0
-
-    layers, length = number("num_hidden_layers"), number("max_position_embeddings")
-    queries = number("num_attention_heads")
-    heads = number("num_key_value_heads", "num_attention_heads")
-    width = number("head_dim") or number("hidden_size") // max(queries, 1)
-    return RESERVE + 2 * layers * heads * width * length * int(model.dtype.itemsize)
+def _everything_fits(skeleton: PreTrainedModel, device: torch.device) -> bool:
+    return nbytes_of(skeleton.parameters()) + room_for_context(skeleton) <= free_memory(device)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import bisect
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,30 @@ ALIGN = 64
 
 _NO_FILES = ("/dev/", "/memfd:", "/SYSV")
 """What shared memory is called where a mapping's file is named."""
+
+
+class Slots(Protocol):
+    """Memory cut into places for one expert each."""
+
+    @property
+    def slot_bytes(self) -> int: ...
+
+    def slot(self, index: int) -> Tensor:
+        """Return slot `index` as uint8 [slot_bytes], a view."""
+        ...
+
+
+class DeviceMemory:
+    """Slots in the memory of a device."""
+
+    def __init__(self, slots: int, slot_bytes: int, device: torch.device) -> None:
+        self.slots = slots
+        self.slot_bytes = round_up(slot_bytes)
+        self._bytes = torch.empty(slots * self.slot_bytes, dtype=torch.uint8, device=device)
+
+    def slot(self, index: int) -> Tensor:
+        start = index * self.slot_bytes
+        return self._bytes[start : start + self.slot_bytes]
 
 
 class SlotMemory:

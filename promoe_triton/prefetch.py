@@ -86,7 +86,7 @@ class Prefetcher:
 
     def passed(self, seen: Observation) -> None:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
-        if self._hopeless(seen.layer, seen.seam):
+        if self._runtime.is_settled or self._hopeless(seen.layer, seen.seam):
             return
         with self._runtime.inside() as alone:
             if alone:

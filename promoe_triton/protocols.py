@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -212,6 +212,14 @@ class Link(Protocol):
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         """Return the tensors, views of a slot, of an expert that has arrived since this was last asked."""
+        ...
+
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        """Note that work issued so far reads these slots of a layer (None: any slot of any layer).
+
+        Nothing is written to them before that work is done, however soon they are given to another expert. Called
+        before the leases are given back, by the thread that computes.
+        """
         ...
 
     def now(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from promoe_triton.backends.choice import make_backend
-from promoe_triton.budget import Budget, available_memory
+from promoe_triton.budget import RAM, Budget, free_memory
 from promoe_triton.config import Config, format_size
 from promoe_triton.core import Core
 from promoe_triton.counters import Ahead, Counters, Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
-from promoe_triton.links.disk import DiskLink
-from promoe_triton.memory import SlotMemory
+from promoe_triton.links.choice import make_link
 from promoe_triton.policies import make_policy
 from promoe_triton.predictors.choice import make_predictor
 from promoe_triton.predictors.reach import Reach
@@ -29,7 +28,7 @@ from promoe_triton.prefetch import PROMPT, Prefetcher
 from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Link, Part, Policy, Predictor, Store, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.stores.checkpoint import CheckpointStore
-from promoe_triton.stores.host import HostStore
+from promoe_triton.stores.host import HostStore, ResidentStore
 from promoe_triton.techniques import Technique
 from promoe_triton.timeline import Timeline
 from promoe_triton.waves import Waves
@@ -86,7 +85,9 @@ class LayerRuntime:
         self._bound = self.table is not None
 
     def stack(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the layer's stacked parameters, read back from the store."""
+        """Return the layer's stacked parameters, read back from the store, or as they rest in the host's memory."""
+        if isinstance(self.model.store, HostStore):
+            return dict(self.model.store.stacked(self.index))
         stacked = {
             name: torch.zeros(module.get_parameter(name).shape, dtype=module.get_parameter(name).dtype)
             for name in self.layout.names
@@ -103,14 +104,15 @@ class LayerRuntime:
         """
         kernels, model = self.kernels, self.model
         call = kernels.begin(x_TD, expert_ids_TA, weights_TA)
-        for expert in call.experts:
-            self.uses[expert] += 1
-        if self.resident and model.prefetcher is None:
-            model.counters.hits += len(call.experts)
+        if self.resident and model.is_settled:
+            if x_TD.is_cpu:  # elsewhere looking would wait for the device
+                self._count(call.experts)
+                model.counters.hits += len(call.experts)
             self._compute(kernels.up, call, None)
             kernels.activate(call)
             self._compute(kernels.down, call, None)
             return kernels.combine(call)
+        self._count(call.experts)
         began = model.now()
         model.begin_change()
         try:
@@ -131,6 +133,10 @@ class LayerRuntime:
         model.end_change()
         return kernels.combine(call)
 
+    def _count(self, experts: Collection[int]) -> None:
+        for expert in experts:
+            self.uses[expert] += 1
+
     def _compute(
         self, product: Callable[[Any, Sequence[int] | None], None], call: Call, wave: Sequence[int] | None
     ) -> None:
@@ -140,7 +146,7 @@ class LayerRuntime:
             return
         began = model.now()
         product(call, wave)
-        experts = ", ".join(map(str, call.experts if wave is None else wave))
+        experts = "all" if wave is None else ", ".join(map(str, wave))
         model.note("compute", f"layer {self.index} {product.__name__} of {experts}", began)
 
     def place(self, key: ExpertKey) -> None:
@@ -154,6 +160,8 @@ class LayerRuntime:
         table = self.table
         if table is not None and len(table) >= self.layout.experts and not self.model.budget.shared:
             self.resident = all(map(table.is_ready, self.keys))
+            if self.resident:
+                self.model.check_settled()
 
 
 def _recent(expert_ids_TA: Tensor) -> list[int] | None:
@@ -169,6 +177,7 @@ class ModelRuntime:
     def __init__(
         self,
         config: Config,
+        device: torch.device,
         store: Store,
         budget: Budget,
         modules: Sequence[nn.Module],
@@ -176,10 +185,12 @@ class ModelRuntime:
         popularity: Popularity,
     ) -> None:
         self.config = config
+        self.device = device
         self.store = store
         self.budget = budget
-        self.backend = make_backend(config.backend, config.device)
+        self.backend = make_backend(config.backend, device)
         self.popularity = popularity
+        self.home = device
         self.originals: list[dict[str, nn.Parameter]] = []
         self._lock = threading.RLock()
         self._dirty = False
@@ -188,8 +199,8 @@ class ModelRuntime:
         self.timeline: Timeline | None = None
         self._filling_seconds = 0.0
         tables: Sequence[SlotTable | None] = [None] * len(modules)
-        if isinstance(store, CheckpointStore):
-            self.link = self._open_link(store)
+        if isinstance(store, CheckpointStore | HostStore):
+            self.link = make_link(config, device, store, budget)
             self.core = self._core(self.link)
             self.link.restart(self.core)
             tables = self.core.tables
@@ -199,23 +210,7 @@ class ModelRuntime:
             LayerRuntime(self, index, module, layout, table)
             for index, (module, layout, table) in enumerate(zip(modules, layouts, tables, strict=True))
         ]
-
-    def _open_link(self, store: CheckpointStore) -> Link:
-        """Take memory for the slots, and start the link that fills them."""
-        budget, specs = self.budget, store.specs
-        memories: dict[ExpertSpec, SlotMemory] = {}
-        for spec in dict.fromkeys(specs):
-            layers = [i for i, other in enumerate(specs) if other == spec]
-            memories[spec] = SlotMemory(sum(budget.slots_of_layer[i] for i in layers), budget.slot_bytes[layers[0]])
-        return DiskLink(
-            store,
-            [memories[spec] for spec in specs],
-            direct=direct_io(self.config, store, budget),
-            depth=self.config.depth,
-            chunking=self.config.cuts,
-            timeout=self.config.io_timeout,
-            limit=self.config.limit,
-        )
+        self.is_settled = self.link is None
 
     def _core(self, link: Link) -> Core:
         on = self.config.step.techniques
@@ -288,20 +283,24 @@ class ModelRuntime:
     def copy_for(self, modules: Sequence[nn.Module]) -> ModelRuntime:
         """Return an independent runtime over the same store, for copies of the same modules."""
         if self.budget.nbytes:
-            self.check_room("a copy of the model, with slots of its own,", self.budget.nbytes)
+            self.check_room("a copy of the model, with slots of its own,", self.budget.nbytes, self.device)
         layouts = [layer.layout for layer in self.layers]
-        store = self.store if self.link is not None else HostStore(modules, layouts)
-        return ModelRuntime(self.config, store, self.budget, modules, layouts, self.popularity)
+        store = self.store if self.link is not None else ResidentStore(modules, layouts)
+        return ModelRuntime(self.config, self.device, store, self.budget, modules, layouts, self.popularity)
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts of the model."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def check_room(self, purpose: str, nbytes: int | None = None) -> None:
-        """Raise PromoeError unless `nbytes` (default: all experts) fit in the memory that is free."""
-        needed = self.expert_bytes if nbytes is None else nbytes
-        free = available_memory()
+    def check_read_back(self, purpose: str, nbytes: int | None = None) -> None:
+        """Raise PromoeError unless weights that rest in files fit in memory: `nbytes` of them, default all experts."""
+        if not isinstance(self.store, HostStore):
+            self.check_room(purpose, self.expert_bytes if nbytes is None else nbytes)
+
+    def check_room(self, purpose: str, nbytes: int, device: torch.device = RAM) -> None:
+        """Raise PromoeError unless `nbytes` fit in the memory that is free."""
+        needed, free = nbytes, free_memory(device)
         if needed > free:
             raise PromoeError(f"{purpose} needs {format_size(needed)} of memory, but only {format_size(free)} are free")
 
@@ -341,6 +340,10 @@ class ModelRuntime:
             self.start_afresh(self.config.io_timeout)
         self._dirty = True
 
+    def check_settled(self) -> None:
+        """Note when every expert of the model has a slot of its own: nothing is predicted or copied any more."""
+        self.is_settled = all(layer.resident for layer in self.layers)
+
     def end_change(self) -> None:
         """After the last change of a call or of warming up."""
         self._dirty = False
@@ -354,10 +357,12 @@ class ModelRuntime:
                 raise PromoeError(f"interrupted reads have not ended in {patience:g} s; the disk does not answer")
             return
         self.counters.evictions += self.core.evictions
+        self.link.fence(0, None)
         core = self._core(self.link)
         core.inherit(self.core)
         for layer, table in zip(self.layers, core.tables, strict=True):
             layer.table, layer.resident = table, False
+            self.is_settled = False
             for expert in range(layer.layout.experts):
                 layer.kernels.remove(expert)
         self.core = core
@@ -375,7 +380,7 @@ class ModelRuntime:
         for table, keys in tables.values():
             ranked = sorted(keys, key=lambda key: (-popularity.get(key, 0.0), key.expert, key.layer))
             chosen += ranked[: len(table)]
-        assert isinstance(self.store, CheckpointStore)
+        assert isinstance(self.store, CheckpointStore | HostStore)
         chosen.sort(key=self.store.position)
         link = self.open_link()
         running: list[Transfer] = []
@@ -445,11 +450,3 @@ class ModelRuntime:
             self.link.close()
             self.link = None
         self.layers = []
-
-
-def direct_io(config: Config, store: CheckpointStore, budget: Budget) -> bool:
-    """Whether to read past the page cache: not where all experts fit in memory beside the slots."""
-    if config.io == "auto":
-        size = sum(file.stat().st_size for file in store.files)
-        return size + budget.nbytes > available_memory()
-    return config.io == "direct"

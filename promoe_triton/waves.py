@@ -131,14 +131,21 @@ class Waves:
         yield self._wave([key])
         if arrived.part != Part.WHOLE:
             self._layer.kernels.remove(key.expert)
+            self._fence([key])
             self._link.tell(lambda: self._core.discard(key))
 
     def close(self) -> None:
         """Give all leases back."""
         for key in self._needs.leaving:
             self._layer.kernels.remove(key.expert)
+        self._fence([*self._needs.resident, *self._needs.missing])
         self._link.tell(self._give_back)
         self._layer.check_resident()
+
+    def _fence(self, keys: Iterable[ExpertKey]) -> None:
+        """What has been computed from these slots may still run on the device."""
+        table = self._core.tables[self._layer.index]
+        self._link.fence(self._layer.index, [slot for key in keys if (slot := table.slot_of(key)) is not None])
 
     def _give_back(self) -> None:
         """At once: what has no lease any more may be evicted by the next chunk that wants a slot."""

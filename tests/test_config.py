@@ -22,7 +22,7 @@ NAN, INF = float("nan"), float("inf")
 def test_defaults_are_valid() -> None:
     config = Config()
     assert config.slots is None
-    assert config.device == "cpu"
+    assert config.device == "auto"
     assert config.chunk_bytes == 4 * 2**20
 
 
@@ -80,8 +80,9 @@ def test_bad_slots(slots: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        pytest.param({"device": "cuda"}, ValueError, "must be 'cpu' in this version.*'cuda'", id="device-cuda"),
-        pytest.param({"device": None}, ValueError, "got None", id="device-none"),
+        pytest.param({"device": "gpu"}, ValueError, "'cuda' or a GPU such as 'cuda:1', got 'gpu'", id="device-gpu"),
+        pytest.param({"device": "cuda:x"}, ValueError, "got 'cuda:x'", id="device-number"),
+        pytest.param({"device": None}, TypeError, "got None", id="device-none"),
         pytest.param({"store": "host"}, ValueError, "store must be one of auto, checkpoint, spool", id="store"),
         pytest.param({"io": "mmap"}, ValueError, "io must be one of auto, buffered, direct", id="io"),
         pytest.param({"io": None}, ValueError, "got None", id="io-none"),
@@ -201,7 +202,7 @@ class TestThroughPatch:
             pytest.param({"slots": True}, TypeError, "got True", id="slots-True"),
             pytest.param({"slots": "12"}, ValueError, "got '12'", id="slots-no-unit"),
             pytest.param({"slot": 3}, TypeError, "slot", id="unknown-name"),
-            pytest.param({"device": "cuda"}, ValueError, "must be 'cpu'", id="device-cuda"),
+            pytest.param({"device": "gpu"}, ValueError, "a GPU such as", id="device-gpu"),
             pytest.param({"policy": "fifo", "slots": 3}, ValueError, "policy", id="policy"),
         ],
     )

@@ -30,8 +30,8 @@ from zoo import FAMILIES
 import promoe_triton
 from promoe_triton import Config, PromoeError
 from promoe_triton.backends.torch import Grouped
-from promoe_triton.links import disk as links_disk
-from promoe_triton.links.disk import CLOSE_SECONDS
+from promoe_triton.links import threads as links_threads
+from promoe_triton.links.threads import CLOSE_SECONDS
 from promoe_triton.stores import safetensors_files, spool
 from promoe_triton.transfers import URGENT
 
@@ -623,7 +623,7 @@ class TestStalls:
         self, folder: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = load(folder, io_timeout=0.2, depth=4)
-        monkeypatch.setattr(links_disk, "CLOSE_SECONDS", 0.2)
+        monkeypatch.setattr(links_threads, "CLOSE_SECONDS", 0.2)
         with self.stalled(disk):
             with pytest.raises(PromoeError, match="no byte arrived"):
                 logits(model)

@@ -167,17 +167,18 @@ class TestPlaces:
 
 
 def test_what_auto_means() -> None:
-    assert make_backend("auto", "cpu").name == "torch"
-    assert make_backend("auto", "cuda:0").name == "triton"
-    assert make_backend("torch", "cuda").name == "torch"
+    assert make_backend("auto", torch.device("cpu")).name == "torch"
+    assert make_backend("auto", torch.device("cuda:0")).name == "triton"
+    assert make_backend("torch", torch.device("cuda")).name == "torch"
 
 
 def test_a_cpu_without_the_interpreter_is_refused() -> None:
     code = """
+import torch
 from promoe_triton.backends.choice import make_backend
 from promoe_triton import PromoeError
 try:
-    make_backend("triton", "cpu")
+    make_backend("triton", torch.device("cpu"))
 except PromoeError as error:
     assert "use backend='torch'" in str(error), error
 else:

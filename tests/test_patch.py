@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from zoo import FAMILIES
 
 import promoe_triton
-from promoe_triton import PromoeError, runtime
+from promoe_triton import PromoeError, budget
 from promoe_triton.memory import in_files
-from promoe_triton.patch import _swap
+from promoe_triton.patch import _rest, _swap
 from promoe_triton.patch._families import describe
 from promoe_triton.protocols import ExpertKey
 
@@ -159,7 +159,7 @@ class TestRefused:
 
     def test_not_on_the_cpu(self) -> None:
         model = build().to("meta")
-        with pytest.raises(PromoeError, match="must be on the CPU, but has parameters on meta"):
+        with pytest.raises(PromoeError, match=r"must be on the CPU .*, but has parameters on meta"):
             promoe_triton.patch(model, slots=4)
 
     def test_expert_parallel(self) -> None:
@@ -170,7 +170,7 @@ class TestRefused:
     @pytest.mark.parametrize("slots", [4, 0.5, "100KB"], ids=["count", "share", "size"])
     def test_more_slots_than_memory(self, slots: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # What the experts themselves take is given back, and counts as free.
-        monkeypatch.setattr(_swap, "available_memory", lambda: -(10**9))
+        monkeypatch.setattr(budget, "available_memory", lambda: -(10**9))
         self.refused(build(), r"slots take .*, but only .* are free", slots=slots, store="spool", spool_dir=tmp_path)
         gc.collect()
         assert not os.listdir(tmp_path)
@@ -182,7 +182,7 @@ class TestRefused:
         parameters = dict(model.named_parameters())
         assert len(in_files(parameters.values())) == len(parameters)
         dense = sum(p.nbytes for name, p in parameters.items() if ".experts." not in name)
-        monkeypatch.setattr(_swap, "available_memory", lambda: dense + 10)
+        monkeypatch.setattr(budget, "available_memory", lambda: dense + 10)
         self.refused(model, r"slots take .*, but only 10 B of memory are free", slots=2)
         self.refused(model, r"kB of weights lie in mapped files, .* but only .* are free", slots=None)
 
@@ -294,7 +294,7 @@ class TestThereAndBack:
 
     def test_no_room_for_the_weights(self, patched: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as context:
-            context.setattr(runtime, "available_memory", lambda: 10)
+            context.setattr(budget, "available_memory", lambda: 10)
             with pytest.raises(PromoeError, match=r"putting the weights back needs \d+ kB of memory, but only 10 B"):
                 promoe_triton.unpatch(patched)
         assert tokens(patched) == expected
@@ -304,10 +304,10 @@ class TestThereAndBack:
         """They are kept until the last weight has been read."""
         needed = patched._promoe_runtime.expert_bytes
         with monkeypatch.context() as context:
-            context.setattr(runtime, "available_memory", lambda: needed - 1)
+            context.setattr(budget, "available_memory", lambda: needed - 1)
             with pytest.raises(PromoeError, match="putting the weights back needs"):
                 promoe_triton.unpatch(patched)
-        monkeypatch.setattr(runtime, "available_memory", lambda: needed)
+        monkeypatch.setattr(budget, "available_memory", lambda: needed)
         promoe_triton.unpatch(patched)
 
     def test_loaded_without_weights_and_unpatched(self, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ class TestWeights:
         assert all(torch.equal(inner[key], want[key.replace("x", experts, 1)]) for key in inner)
 
     def test_state_dict_without_room(self, patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(runtime, "available_memory", lambda: 10)
+        monkeypatch.setattr(budget, "available_memory", lambda: 10)
         with pytest.raises(PromoeError, match=r"the state dict of .* needs .* only 10 B are free"):
             patched.state_dict()
 
@@ -350,7 +350,7 @@ class TestWeights:
         experts = [layer.nbytes for layer in patched._promoe_runtime.layers]
         assert len(experts) == 2
         free = iter([sum(experts), sum(experts), experts[1]])
-        monkeypatch.setattr(runtime, "available_memory", lambda: next(free))
+        monkeypatch.setattr(budget, "available_memory", lambda: next(free))
         getattr(patched, action)(**({"save_directory": tmp_path / "saved"} if action == "save_pretrained" else {}))
 
     def test_parameters_keep_their_names_shapes_and_count(self, patched: Any) -> None:
@@ -498,7 +498,7 @@ class TestCopies:
         assert len({int(name) for name in names}) == 4
 
     def test_a_copy_without_room(self, patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(runtime, "available_memory", lambda: 10)
+        monkeypatch.setattr(budget, "available_memory", lambda: 10)
         with pytest.raises(PromoeError, match=r"a copy of the model, with slots of its own, needs .* only 10 B"):
             copy.deepcopy(patched)
 
@@ -920,13 +920,13 @@ class TestFromPretrained:
 
         asked = loading.skeleton_of(str(folder), {"dtype": torch.bfloat16})
         assert {parameter.dtype for parameter in asked.parameters()} == {torch.bfloat16}
-        monkeypatch.setattr(loading, "RESERVE", 0)
-        free = sum(p.nbytes for p in asked.parameters()) * 3 // 2 + loading.room_for_context(asked)
-        monkeypatch.setattr(loading, "available_memory", lambda: free)
+        monkeypatch.setattr(_rest, "RESERVE", 0)
+        free = sum(p.nbytes for p in asked.parameters()) * 3 // 2 + _rest.room_for_context(asked)
+        monkeypatch.setattr(budget, "available_memory", lambda: free)
         config = build().config
         before = copy.deepcopy(config)
         skeleton = loading.skeleton_of(str(folder), {"dtype": dtype, "config": config})
-        assert loading._everything_fits(skeleton, {}) is resident
+        assert loading._everything_fits(skeleton, torch.device("cpu")) is resident
         assert config.dtype == before.dtype, "the caller's configuration is left alone"
 
     def test_transformers_own_options_pass_through(self, folder: Path) -> None:
@@ -1021,9 +1021,8 @@ class TestFromPretrained:
             promoe_triton.from_pretrained(str(tmp_path), slots=4)
 
     def test_more_slots_than_memory(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from promoe_triton import loading
 
-        monkeypatch.setattr(loading, "available_memory", lambda: 10)
+        monkeypatch.setattr(budget, "available_memory", lambda: 10)
         with pytest.raises(PromoeError, match=r"4 slots take .*, but only .* are free"):
             promoe_triton.from_pretrained(str(folder), slots=4)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -18,14 +17,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import promoe_triton
-from promoe_triton import PromoeError, Stats, runtime
+from promoe_triton import PromoeError, Stats
 from promoe_triton.chunking import Chunking
 from promoe_triton.demo import MODEL
+from promoe_triton.links import choice
 from promoe_triton.links.fake import FakeLink, Wire
-from promoe_triton.links.filling import SlotFiller
-from promoe_triton.memory import SlotMemory
+from promoe_triton.links.filling import Filler
 from promoe_triton.protocols import Chunk, Observation, Prediction, Seam
-from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.techniques import ABLATION
 from promoe_triton.transfers import URGENT
 
@@ -86,7 +84,7 @@ def equal(found: list[Tensor], want: list[Tensor]) -> bool:
 
 
 class Faked:
-    """Puts fake links in place of disk links; `links` are those made so far."""
+    """Puts fake links in place of threaded links; `links` are those made so far."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
@@ -94,23 +92,20 @@ class Faked:
 
     def __call__(
         self,
-        store: CheckpointStore,
-        memory_of_layer: Sequence[SlotMemory],
+        filler: Filler,
         *,
-        direct: bool,
         depth: int,
         chunking: Chunking,
         timeout: float,
         limit: float | None,
     ) -> FakeLink:
-        filler = SlotFiller(store, memory_of_layer, direct)
         self.links.append(FakeLink(filler, self.wire, depth=depth, chunking=chunking))
         return self.links[-1]
 
 
 def faked(monkeypatch: pytest.MonkeyPatch, **wire: Any) -> Faked:
     made = Faked(Wire(**wire))
-    monkeypatch.setattr(runtime, "DiskLink", made)
+    monkeypatch.setattr(choice, "ThreadedLink", made)
     return made
 
 
@@ -211,7 +206,7 @@ class TestFaults:
             def interrupt(chunk: Chunk, left: list[int] = left) -> float:
                 left[0] -= 1
                 if left[0] == 0:
-                    signal.raise_signal(signal.SIGINT)
+                    raise KeyboardInterrupt
                 return 0.0
 
             faked(monkeypatch, bandwidth=1e8, jitter=interrupt)

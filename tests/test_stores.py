@@ -25,12 +25,13 @@ from zoo import FAMILIES
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.memory import SlotMemory, in_files, own_memory
-from promoe_triton.patch._swap import checkpoint_store, find_experts
+from promoe_triton.patch._rest import checkpoint_store
+from promoe_triton.patch._swap import find_experts
 from promoe_triton.protocols import PAGE, ExpertKey, ExpertSpec, Part, TensorSpec, round_up
 from promoe_triton.stores import safetensors_files
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves, same_tensors
 from promoe_triton.stores.conversion import ParameterSource
-from promoe_triton.stores.host import HostStore
+from promoe_triton.stores.host import ResidentStore
 from promoe_triton.stores.image import Piece, SlotImage, merge, operand_alignment, slot_image
 from promoe_triton.stores.reader import FileReader
 from promoe_triton.stores.resolve import checkpoint_files, resolve_files
@@ -514,7 +515,7 @@ def experts_of(model: Any) -> tuple[list[Any], list[ExpertLayout]]:
 def assert_holds(store: CheckpointStore, model: Any) -> None:
     """Every expert of the store is the loaded one, bit for bit."""
     modules, layouts = experts_of(model)
-    loaded = HostStore(modules, layouts)
+    loaded = ResidentStore(modules, layouts)
     assert list(store.specs) == list(loaded.specs)
     for layer, layout in enumerate(layouts):
         for expert in range(layout.experts):

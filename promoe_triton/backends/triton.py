@@ -60,7 +60,10 @@ def check_runs_on(device: torch.device) -> None:
 
 
 class Places:
-    """Where one tensor of every expert lies: distances from the beginning of the memory that holds all of them."""
+    """Where one tensor of every expert lies: distances from the beginning of the memory that holds all of them.
+
+    The host keeps them, and sends them to the device before the next product that reads them.
+    """
 
     def __init__(self, spec: TensorSpec, experts: int, transposed: bool) -> None:
         self._spec = spec
@@ -70,15 +73,23 @@ class Places:
         self._unit = UNIT
         self._offsets: dict[int, int] = {}
         self._pool: Pool | None = None
+        self._is_sent = False
 
     @property
     def pool(self) -> Pool:
         if self._pool is None:
             raise PromoeError(f"no expert's {self._spec.name} has been placed")
+        if not self._is_sent:
+            # Pageable memory: the call has taken its own copy of it when it returns.
+            slots = [self._offsets.get(e, -self._unit) // self._unit for e in range(self._experts)]
+            self._pool.slot_of_E.copy_(torch.tensor(slots, dtype=torch.int64), non_blocking=True)
+            self._is_sent = True
         return self._pool
 
     def check(self, experts: Sequence[int] | None) -> None:
         """Raise PromoeError unless these experts (None: all) can be read."""
+        if experts is None and len(self._offsets) == self._experts:
+            return
         missing = {*(range(self._experts) if experts is None else experts)} - self._offsets.keys()
         if missing:
             raise PromoeError(f"{self._spec.name} of experts {sorted(missing)} is not in a slot")
@@ -91,18 +102,16 @@ class Places:
         if memory != self._memory or self._pool is None or self._pool.data.dtype != tensor.dtype:
             # Other memory than before, as when resident weights were cast: what lay in the old is gone.
             self._offsets, self._memory, self._unit = {}, memory, UNIT
-            self._pool = self._view(tensor, torch.full((self._experts,), -1, dtype=torch.int64, device=tensor.device))
+            self._pool = self._view(tensor, torch.empty(self._experts, dtype=torch.int64, device=tensor.device))
         if offset % self._unit:
             self._unit = 1
             self._pool = self._view(tensor, self._pool.slot_of_E)
-            for other, place in self._offsets.items():
-                self._pool.slot_of_E[other] = place
         self._offsets[expert] = offset
-        self._pool.slot_of_E[expert] = offset // self._unit
+        self._is_sent = False
 
     def remove(self, expert: int) -> None:
         if self._offsets.pop(expert, None) is not None:
-            self.pool.slot_of_E[expert] = -1
+            self._is_sent = False
 
     def _view(self, tensor: Tensor, slot_of_E: Tensor) -> Pool:
         memory = tensor.untyped_storage()
@@ -133,8 +142,10 @@ class TritonCall:
     def experts(self) -> Collection[int]:
         """The experts this call needs. The host waits for the routing here."""
         used = (self.ids_TA < self.known) & (self.weights_TA != 0)
-        ids: list[int] = torch.unique(self.ids_TA[used]).tolist()
-        return ids
+        # One place more, for all that is of no expert.
+        asked = self.ids_TA.new_zeros(self.known + 1, dtype=torch.bool)
+        asked.scatter_(0, torch.where(used, self.ids_TA, self.known).flatten().long(), True)
+        return [e for e, is_asked in enumerate(asked[:-1].tolist()) if is_asked]
 
 
 class TritonLayer:

@@ -16,8 +16,9 @@ from promoe_triton.budget import LayerNeed, available_memory, plan_slots
 from promoe_triton.cli.generation import check_exists
 from promoe_triton.config import format_size
 from promoe_triton.errors import PromoeError
-from promoe_triton.loading import read_configuration, room_for_context, skeleton_of
-from promoe_triton.patch._swap import checkpoint_store, find_experts
+from promoe_triton.loading import read_configuration, skeleton_of
+from promoe_triton.patch._rest import checkpoint_store, room_for_context
+from promoe_triton.patch._swap import find_experts
 from promoe_triton.predictors.reach import ACTIVE
 from promoe_triton.protocols import round_up
 from promoe_triton.stores.reader import FileReader

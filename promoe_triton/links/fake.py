@@ -7,7 +7,7 @@ which stands for computing. Whether bytes are really copied is up to the filler.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from promoe_triton.chunking import Chunking
@@ -49,11 +49,17 @@ class DryFiller:
     def __init__(self, cuts: Callable[[Transfer], Cuts]) -> None:
         self.cuts = cuts
 
+    def source(self, transfer: Transfer) -> str:
+        return "nowhere"
+
     def copy(self, chunk: Chunk) -> int:
         return chunk.end - chunk.begin
 
     def finish(self, transfer: Transfer) -> ExpertTensors:
         return {}
+
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -82,6 +88,9 @@ class FakeLink:
     @property
     def cuts(self) -> Callable[[Transfer], Cuts]:
         return self._filler.cuts
+
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        self._filler.fence(layer, slots)
 
     @property
     def bandwidth(self) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-from promoe_triton.memory import SlotMemory
+from promoe_triton.memory import SlotMemory, Slots
 from promoe_triton.protocols import Chunk, Cuts, ExpertTensors, Transfer
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
 from promoe_triton.stores.image import SlotImage
@@ -20,6 +20,10 @@ class Filler(Protocol):
         """Say how the bytes of a transfer may be cut into chunks."""
         ...
 
+    def source(self, transfer: Transfer) -> str:
+        """Say where a transfer's bytes come from."""
+        ...
+
     def copy(self, chunk: Chunk) -> int:
         """Copy one chunk into its transfer's slot; return the bytes moved."""
         ...
@@ -28,7 +32,25 @@ class Filler(Protocol):
         """Put the last bytes of a complete transfer in place; return its tensors, views of the slot."""
         ...
 
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        """See `Link.fence`."""
+        ...
+
     def close(self) -> None: ...
+
+
+class Views:
+    """The tensors of slots, as experts lie in them; most experts of a layer lie just as the one before them did."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, int], tuple[object, ExpertTensors]] = {}
+
+    def of(self, image: SlotImage, memory: Slots, slot: int) -> ExpertTensors:
+        places, tensors = self._last.get((id(memory), slot), (None, {}))
+        if places != image.places:
+            places, tensors = image.places, image.views(memory.slot(slot))
+            self._last[id(memory), slot] = places, tensors
+        return tensors
 
 
 class SlotFiller:
@@ -41,7 +63,7 @@ class SlotFiller:
         self._store = store
         self._memory_of_layer = memory_of_layer
         self._reader = FileReader(store.unchanged, direct)
-        self._last_views: dict[tuple[int, int], tuple[Any, ExpertTensors]] = {}
+        self._views = Views()
 
     def image(self, transfer: Transfer) -> SlotImage:
         return self._store.image(transfer.key, self._reader.direct, transfer.part)
@@ -51,7 +73,6 @@ class SlotFiller:
         return Cuts(ends=self.image(transfer).ends, whole=self._store.staged(transfer.key.layer))
 
     def source(self, transfer: Transfer) -> str:
-        """Say where a transfer reads first."""
         first = self.image(transfer).extents[0]
         return f"{first.file} at offset {first.offset}"
 
@@ -87,15 +108,10 @@ class SlotFiller:
                 # Only a file that is still the same after the last read has surely been the same at the first.
                 self._reader.check(file, offset)
             apply_moves(image, memory.slot(transfer.slot))
-        return self._views(image, memory, transfer.slot)
+        return self._views.of(image, memory, transfer.slot)
 
-    def _views(self, image: SlotImage, memory: SlotMemory, slot: int) -> ExpertTensors:
-        """Return a slot's tensors; most experts of a layer lie in a slot just as the one before them did."""
-        places, tensors = self._last_views.get((id(memory), slot), (None, {}))
-        if places != image.places:
-            places, tensors = image.places, image.views(memory.slot(slot))
-            self._last_views[id(memory), slot] = places, tensors
-        return tensors
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        """Nothing to do: a product over RAM is done when its call returns."""
 
     def close(self) -> None:
         self._reader.close()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,29 +13,34 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from promoe_triton import ops
-from promoe_triton.budget import Budget, LayerNeed, available_memory, plan_slots
-from promoe_triton.config import Config, configured, format_size, parse_size
+from promoe_triton.budget import Budget, LayerNeed, free_memory, plan_slots
+from promoe_triton.config import Config, configured, format_size
 from promoe_triton.counters import Stats
+from promoe_triton.devices import dense_bytes, move_dense, resolve_device
 from promoe_triton.errors import PromoeError
 from promoe_triton.layer import ProMoEExperts, patched_class
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.memory import in_files, own_memory
 from promoe_triton.patch._families import describe
 from promoe_triton.patch._quantised import refuse_quantised
-from promoe_triton.protocols import ExpertKey, ExpertSpec, Store
-from promoe_triton.runtime import ModelRuntime, Popularity
-from promoe_triton.stores.checkpoint import CheckpointStore, same_tensors
-from promoe_triton.stores.conversion import map_parameters
-from promoe_triton.stores.host import HostStore
-from promoe_triton.stores.resolve import checkpoint_files
-from promoe_triton.stores.safetensors_files import read_headers
-from promoe_triton.stores.spool import spool
+from promoe_triton.patch._rest import (
+    check_own_memory,
+    covers,
+    expert_parameters,
+    load_profile,
+    mapped,
+    nbytes_of,
+    plan,
+    rest,
+    room_for_context,
+)
+from promoe_triton.protocols import Store
+from promoe_triton.runtime import ModelRuntime
+from promoe_triton.stores.checkpoint import CheckpointStore
+from promoe_triton.stores.host import HostStore, ResidentStore
 from promoe_triton.timeline import Timeline
-
-logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,7 +91,7 @@ class PatchedModel(nn.Module):
         """Return the true weights, experts at rest included, where all of them fit in the memory that is free."""
         runtime = self._promoe_runtime
         if runtime.link is not None:
-            runtime.check_room("the state dict of all experts")
+            runtime.check_read_back("the state dict of all experts")
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -157,13 +161,17 @@ def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
     with fewer, the experts' memory is given back: they rest in the checkpoint the model came from if it holds
     the same weights, else in a spool file, and slots are filled from there.
 
-    model: a transformers model with MoE blocks, on the CPU, in eval mode. Also a context manager afterwards:
-        ``with patch(model, slots=0.5): ...`` unpatches at the end.
+    On a GPU the experts rest in RAM (or in the checkpoint) and have slots on the GPU, where the rest of the model is
+    moved as well; where all experts fit there, all of the model is.
+
+    model: a transformers model with MoE blocks, on the CPU, in eval mode (on the GPU, if all experts stay there). Also
+        a context manager afterwards: ``with patch(model, slots=0.5): ...`` unpatches at the end.
     config, options: see `Config`; options override the fields of `config`.
     Raises PromoeError where the model cannot be patched (no MoE, patched already, in training, quantised, too
     little memory), ValueError or TypeError for options that make no sense. Nothing has changed after an error.
     """
     config = configured(config, options)
+    device = resolve_device(config.device)
     check_patchable(model)
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
@@ -171,64 +179,57 @@ def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
     specs = [layout.spec(module) for module, layout in zip(modules, layouts, strict=True)]
     experts = [layout.experts for layout in layouts]
     weights = sum(spec.nbytes * n for spec, n in zip(specs, experts, strict=True))
-    resident = config.slots is None or covers(config.slots, sum(experts), weights)
-    leaving = [] if resident else _parameters(modules, layouts)
-    staying = _mapped(model, leaving)
-    if resident:
-        check_own_memory(staying)
-        own_memory(staying)
+    parameters = expert_parameters(modules, layouts)
+    home = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    dense = 0 if device == home else dense_bytes(model, parameters)
+    room = room_for_context(model) if config.slots is None and device.type != "cpu" else 0
+    free = free_memory(device) - dense - room
+    if home == device and device.type != "cpu":
+        free += weights
+    if config.store != "memory" and _all_resident(config, device, sum(experts), weights, free):
+        if device.type == "cpu":
+            staying = mapped(model, ())
+            check_own_memory(staying)
+            own_memory(staying)
         budget = Budget(
             slots_of_layer=tuple(layout.experts for layout in layouts),
             slot_bytes=(0,) * len(layouts),
             shared=False,
         )
-        install(model, modules, layouts, config, HostStore(modules, layouts), budget)
+        install(model, modules, layouts, config, device, ResidentStore(modules, layouts), budget)
         return model
-    # What the experts themselves take is given back and counts as free, unless it is a file's.
-    given = _nbytes(leaving) - _nbytes(in_files(leaving)) - _nbytes(staying)
+    if home.type != "cpu":
+        raise PromoeError(
+            f"the experts are to rest in RAM or on disk, but are on {home}; load the model on the CPU, and patch moves "
+            "the rest of it to the GPU"
+        )
+    staying = mapped(model, parameters) if device.type == "cpu" else []
+    if device.type == "cpu" and config.store != "memory":
+        # What the experts themselves take is given back and counts as free, unless it is a file's.
+        free += nbytes_of(parameters) - nbytes_of(in_files(parameters)) - nbytes_of(staying)
     # An early answer to a budget that cannot be met, before anything is read or written.
+    free = max(free, 0)
     needs = [LayerNeed(experts=n, spec=spec, slot_bytes=spec.nbytes) for spec, n in zip(specs, experts, strict=True)]
-    plan_slots(config.slots, config.partition, needs, available_memory() + given)
-    store = rest(model, found, config)
-    budget = plan(config, store, layouts, available_memory() + given)
+    plan_slots(config.slots, config.partition, needs, free)
+    store = rest(model, found, config, device)
+    budget = plan(config, store, layouts, free)
     own_memory(staying)
-    install(model, modules, layouts, config, store, budget)
+    install(model, modules, layouts, config, device, store, budget)
     return model
 
 
-def _parameters(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> list[nn.Parameter]:
-    """Return the experts' parameters, each once."""
-    parameters = [
-        module.get_parameter(n) for module, layout in zip(modules, layouts, strict=True) for n in layout.names
-    ]
-    return list({id(parameter): parameter for parameter in parameters}.values())
-
-
-def _mapped(model: nn.Module, leaving: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-    """Return what lies in mapped files and stays in memory, so that it needs memory of its own."""
-    left = set(map(id, leaving))
-    return in_files(tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in left)
-
-
-def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def check_own_memory(staying: Sequence[torch.Tensor]) -> None:
-    """Raise PromoeError where weights that lie in mapped files do not fit in the memory that is free."""
-    needed, free = _nbytes(staying), available_memory()
-    if needed > free:
+def _all_resident(config: Config, device: torch.device, experts: int, weights: int, free: int) -> bool:
+    """Whether every expert is to be in the memory of the device; on a GPU, where nothing was asked, if all fit."""
+    if config.slots is None:
+        return device.type == "cpu" or weights <= free
+    if not covers(config.slots, experts, weights):
+        return False
+    if device.type != "cpu" and weights > free:
         raise PromoeError(
-            f"{format_size(needed)} of weights lie in mapped files, and the model would change with them; their own "
-            f"memory is as much, but only {format_size(free)} are free; keep fewer experts resident (slots=...)"
+            f"all experts take {format_size(weights)}, but only {format_size(free)} of {device} are free beside the "
+            "rest of the model; ask for fewer slots"
         )
-
-
-def covers(slots: int | float | str, experts: int, weights: int) -> bool:
-    """Whether slots take in every one of so many experts, which have so many bytes of weights."""
-    if isinstance(slots, str):
-        return parse_size(slots) >= weights
-    return slots >= 1.0 if isinstance(slots, float) else slots >= experts
+    return True
 
 
 def check_patchable(model: nn.Module, resting: bool = False) -> None:
@@ -249,21 +250,12 @@ def check_patchable(model: nn.Module, resting: bool = False) -> None:
             f"accelerate's hooks move weights of this model (at {hooked[0] or 'its root'}); load it on the CPU, "
             "without device_map"
         )
-    elsewhere = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
-    if elsewhere - ({"meta"} if resting else set()):
-        raise PromoeError(f"the model must be on the CPU, but has parameters on {', '.join(sorted(elsewhere))}")
-
-
-def plan(config: Config, store: CheckpointStore, layouts: Sequence[ExpertLayout], memory: int) -> Budget:
-    """Share out slots whose size fits every expert of the store, however it lies in its file."""
-    sizes: dict[ExpertSpec, int] = {}
-    for index, (spec, layout) in enumerate(zip(store.specs, layouts, strict=True)):
-        sizes[spec] = max(sizes.get(spec, 0), store.slot_bytes(index, layout.experts))
-    needs = [
-        LayerNeed(experts=layout.experts, spec=spec, slot_bytes=sizes[spec])
-        for spec, layout in zip(store.specs, layouts, strict=True)
-    ]
-    return plan_slots(config.slots, config.partition, needs, memory)
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta") if resting else None}
+    if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+        raise PromoeError(
+            f"the model must be on the CPU (or all of it on one GPU), but has parameters on "
+            f"{', '.join(sorted(map(str, devices)))}"
+        )
 
 
 def install(
@@ -271,18 +263,19 @@ def install(
     modules: Sequence[nn.Module],
     layouts: Sequence[ExpertLayout],
     config: Config,
+    device: torch.device,
     store: Store,
     budget: Budget,
 ) -> None:
-    """Exchange the modules' classes, then fill the slots: the only step that changes the model.
+    """Exchange the modules' classes and move the model, then fill the slots: the only step that changes the model.
 
     The slots are filled last, when the experts' own memory has been given back; if that fails, all is undone.
     """
     popularity = load_profile(config.profile, layouts) if config.profile else {}
-    resting = isinstance(store, CheckpointStore)
-    runtime = ModelRuntime(config, store, budget, modules, layouts, popularity)
-    if resting:
-        runtime.originals = _empty(modules, layouts)
+    runtime = ModelRuntime(config, device, store, budget, modules, layouts, popularity)
+    if not isinstance(store, ResidentStore):
+        runtime.originals = _empty(modules, layouts, free=isinstance(store, CheckpointStore))
+    runtime.home = next((p.device for p in model.parameters() if p.device.type != "meta"), device)
     for module, layer in zip(modules, runtime.layers, strict=True):
         module._promoe = layer  # type: ignore[assignment]
         module.__class__ = patched_class(type(module))  # type: ignore[arg-type]
@@ -290,6 +283,8 @@ def install(
     model._promoe_runtime = runtime  # type: ignore[assignment]
     model.__class__ = _model_class(type(model))  # type: ignore[arg-type]
     try:
+        if device != runtime.home:
+            move_dense(model, device, [module._promoe_name for module in promoe_modules(model)])
         if runtime.link is not None and config.warm:
             runtime.warm()
         runtime.watch(model, _paths(model))
@@ -312,8 +307,8 @@ def _undo(model: nn.Module, runtime: ModelRuntime, failure: BaseException) -> No
         ) from failure
 
 
-def _empty(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> list[dict[str, nn.Parameter]]:
-    """Leave parameters that have a shape and no weights; return the originals, their memory given back.
+def _empty(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout], free: bool) -> list[dict[str, nn.Parameter]]:
+    """Leave parameters that have a shape and no weights; return the originals. free: give their memory back.
 
     Modules that shared a parameter share what takes its place.
     """
@@ -332,7 +327,7 @@ def _empty(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> lis
             owner._parameters[leaf] = hollow[id(original)]
     for layer in originals:
         for original in layer.values():
-            if original.device.type == "cpu":
+            if free and original.device.type == "cpu":
                 original.data = torch.empty(0, dtype=original.dtype)
     return originals
 
@@ -340,54 +335,6 @@ def _empty(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> lis
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
-
-
-def rest(model: nn.Module, found: Mapping[str, ExpertLayout], config: Config) -> CheckpointStore:
-    """Return a store that holds exactly the model's experts: its checkpoint where that is so, else a spool."""
-    modules = [model.get_submodule(path) for path in found]
-    if config.store != "spool":
-        try:
-            store = checkpoint_store(model, found, checkpoint_files(model))
-            verify(store, modules, list(found.values()))
-            return store
-        except PromoeError as reason:
-            if config.store == "checkpoint":
-                raise
-            logger.warning("the experts cannot rest in the model's own checkpoint: %s", reason)
-    return spool(modules, list(found.values()), config.spool_dir)
-
-
-def checkpoint_store(
-    model: nn.Module,
-    found: Mapping[str, ExpertLayout],
-    files: Sequence[Path],
-    key_mapping: Mapping[str, str] | None = None,
-) -> CheckpointStore:
-    """Return the experts of `model` as they rest in these files."""
-    modules = {path: model.get_submodule(path) for path in found}
-    parameters = {
-        f"{path}.{name}": layout.stacked(modules[path].get_parameter(name))
-        for path, layout in found.items()
-        for name in layout.names
-    }
-    sources = map_parameters(model, parameters, read_headers(files), key_mapping)
-    return CheckpointStore(
-        [layout.spec(modules[path]) for path, layout in found.items()],
-        [{name: sources[f"{path}.{name}"] for name in layout.names} for path, layout in found.items()],
-        f"checkpoint {files[0].parent}",
-    )
-
-
-def verify(store: CheckpointStore, modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> None:
-    """Raise PromoeError unless every expert in the store equals the loaded one bit for bit."""
-    loaded = HostStore(modules, layouts)
-    keys = [ExpertKey(i, e) for i, layout in enumerate(layouts) for e in range(layout.experts)]
-    for key in transformers_logging.tqdm(keys, desc="Comparing experts with the checkpoint", leave=False):
-        if not same_tensors(store, key, loaded.load(key)):
-            raise PromoeError(
-                f"expert {key.expert} of MoE layer {key.layer} differs from {store.describe()}: the weights were "
-                "changed after loading"
-            )
 
 
 def unpatch(model: Model) -> Model:
@@ -399,11 +346,14 @@ def unpatch(model: Model) -> Model:
     runtime = _runtime(model)
     if runtime.link is not None:
         # All of them, beside the slots: those are kept until every weight has been read, so that a fault harms nothing.
-        runtime.check_room("putting the weights back")
+        runtime.check_read_back("putting the weights back")
     modules = promoe_modules(model)
     weights = (
         [layer.stack(module) for layer, module in zip(runtime.layers, modules, strict=True)] if runtime.link else []
     )
+    if weights and isinstance(runtime.store, HostStore) and not runtime.originals:
+        # A copy of a patched model: the weights in the store are the other model's.
+        weights = [{name: tensor.clone() for name, tensor in layer.items()} for layer in weights]
     runtime.close()
     for index, module in enumerate(modules):
         if weights:
@@ -416,6 +366,8 @@ def unpatch(model: Model) -> Model:
         module.__class__ = type(module).__bases__[1]
     del model._promoe_runtime
     model.__class__ = type(model).__bases__[1]
+    if runtime.home != runtime.device:
+        move_dense(model, runtime.home)
     return model
 
 
@@ -457,18 +409,3 @@ def save_profile(model: nn.Module, path: Path | str) -> None:
     """Write how often each expert was used so far, for `Config.profile` of later runs (JSON)."""
     uses = [layer.uses for layer in _runtime(model).layers]
     Path(path).write_text(json.dumps({"uses": uses}) + "\n")
-
-
-def load_profile(path: Path | str, layouts: Sequence[ExpertLayout]) -> Popularity:
-    """Read a profile; raises PromoeError where it is none, or one of another model."""
-    try:
-        uses = [[float(count) for count in layer] for layer in json.loads(Path(path).read_text())["uses"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PromoeError(f"{path} is no popularity profile (save_profile writes one): {error}") from error
-    shape, expected = [len(layer) for layer in uses], [layout.experts for layout in layouts]
-    if shape != expected:
-        raise PromoeError(
-            f"{path} is the profile of another model: it has {len(shape)} layers of {sorted(set(shape))} experts, "
-            f"this model has {len(expected)} of {sorted(set(expected))}"
-        )
-    return {ExpertKey(i, e): count for i, layer in enumerate(uses) for e, count in enumerate(layer)}

@@ -66,7 +66,7 @@ class CheckpointStore:
         spec = self._specs[key.layer]
         staged = self.staged(key.layer)
         pieces: dict[str, Sequence[Piece]] = {
-            tensor.name: [Piece(file=Path(), offset=0, nbytes=tensor.nbytes)]
+            tensor.name: [Piece(nbytes=tensor.nbytes)]
             if staged
             else self._sources[key.layer][tensor.name].pieces(key.expert)
             for tensor in spec.tensors

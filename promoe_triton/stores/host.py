@@ -1,17 +1,19 @@
-"""Experts at rest in the model's own parameters: no second copy, nothing to move."""
+"""Experts in the model's own parameters: where they are computed with, or at rest beside slots elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from promoe_triton.layout import ExpertLayout
-from promoe_triton.protocols import ExpertKey, ExpertSpec, ExpertTensors
+from promoe_triton.protocols import ExpertKey, ExpertSpec, ExpertTensors, Part
+from promoe_triton.stores.image import Piece, SlotImage, slot_image
 
 
-class HostStore:
-    """The stacked parameters of the experts modules, as loaded."""
+class ResidentStore:
+    """The stacked parameters of the experts modules, which are the slots: nothing is ever moved."""
 
     def __init__(self, modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout]) -> None:
         self._modules = tuple(modules)
@@ -28,3 +30,67 @@ class HostStore:
 
     def describe(self) -> str:
         return "the model's own parameters (everything resident)"
+
+
+class HostStore:
+    """Experts at rest in the host's memory, as loaded: no second copy.
+
+    tensors: the stacked parameters of each layer by name. They are not to change while this is in use.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ExpertSpec],
+        layouts: Sequence[ExpertLayout],
+        tensors: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        self._specs = tuple(specs)
+        self._layouts = tuple(layouts)
+        self._tensors = tuple({name: tensor.detach() for name, tensor in layer.items()} for layer in tensors)
+        self._images = {
+            (spec, part): _image(spec).of(part) for spec in set(specs) for part in Part.__members__.values()
+        }
+
+    @property
+    def specs(self) -> Sequence[ExpertSpec]:
+        return self._specs
+
+    def load(self, key: ExpertKey) -> ExpertTensors:
+        layout = self._layouts[key.layer]
+        return {name: layout.cut(tensor, key.expert) for name, tensor in self._tensors[key.layer].items()}
+
+    def stacked(self, layer: int) -> Mapping[str, Tensor]:
+        """Return the parameters of a layer, as they are."""
+        return self._tensors[layer]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all stacked parameters, those that layers share once."""
+        return list({t.data_ptr(): t for layer in self._tensors for t in layer.values()}.values())
+
+    def address(self, layer: int, name: str) -> int:
+        """Return where a stacked parameter begins."""
+        return self._tensors[layer][name].data_ptr()
+
+    def bytes_of(self, key: ExpertKey, name: str) -> Tensor:
+        """Return the bytes of one of an expert's tensors, uint8, a view."""
+        cut = self._layouts[key.layer].cut(self._tensors[key.layer][name], key.expert)
+        return cut.reshape(-1).view(torch.uint8)
+
+    def image(self, key: ExpertKey, part: Part = Part.WHOLE) -> SlotImage:
+        """Lay out an expert in a slot, aligned; it has an extent for each of its tensors."""
+        return self._images[self._specs[key.layer], part]
+
+    def slot_bytes(self, layer: int, experts: int) -> int:
+        """Return the room that an expert of a layer needs."""
+        return self._images[self._specs[layer], Part.WHOLE].slot_bytes
+
+    def position(self, key: ExpertKey) -> tuple[int, int]:
+        """Return where an expert lies among the others."""
+        return key
+
+    def describe(self) -> str:
+        return "the host's memory"
+
+
+def _image(spec: ExpertSpec) -> SlotImage:
+    return slot_image(spec, {t.name: [Piece(nbytes=t.nbytes)] for t in spec.tensors}, direct=False)

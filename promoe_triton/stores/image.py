@@ -24,10 +24,10 @@ from promoe_triton.protocols import PAGE, ExpertSpec, Part, TensorSpec, round_up
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A contiguous range of a file that holds (part of) one tensor."""
+    """A contiguous range of a file that holds (part of) one tensor; of no file where it is elsewhere."""
 
-    file: Path
-    offset: int
+    file: Path = Path()
+    offset: int = 0
     nbytes: int
 
 
@@ -143,8 +143,12 @@ def slot_image(spec: ExpertSpec, pieces: Mapping[str, Sequence[Piece]], direct: 
     return SlotImage(tensors=tuple(tensors))
 
 
+APART = 256
+"""Bytes. Tensors that can begin anywhere begin at multiples of it: kernels address experts in steps of 64 elements."""
+
+
 def _place_buffered(spec: TensorSpec, pieces: Sequence[Piece], start: int) -> TensorImage:
-    start = round_up(start, ALIGN)
+    start = round_up(start, APART)
     extents = []
     target = start
     for piece in pieces:

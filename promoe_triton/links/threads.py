@@ -1,31 +1,29 @@
-"""Disk to RAM: a few threads that read chunks straight into slots."""
+"""A link of a few threads: each asks for a chunk, copies it into its slot, and asks again."""
 
 from __future__ import annotations
 
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
-from promoe_triton.links.filling import SlotFiller
+from promoe_triton.links.filling import Filler
 from promoe_triton.links.meter import Meter
-from promoe_triton.memory import SlotMemory
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
-from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.timeline import Timeline
 
 CLOSE_SECONDS = 10.0
-"""How long closing waits for all reading threads together; one that hangs in a read ends after that read."""
+"""How long closing waits for all threads together; one that hangs in a read ends after that read."""
 
 
 @dataclass(slots=True)
 class _Shared:
-    """All that a reading thread holds on to: never the link itself, so that a lost link can end its threads."""
+    """All that a thread holds on to: never the link itself, so that a lost link can end its threads."""
 
-    filler: SlotFiller
+    filler: Filler
     chunking: Chunking
     lanes: int
     limit: float | None
@@ -55,31 +53,18 @@ class _Shared:
         return self.free_at
 
 
-class DiskLink:
-    """`depth` reads in flight, as long as `chunking` lets them be. Idle until it is given a feed.
+class ThreadedLink:
+    """`depth` copies in flight, as long as `chunking` lets them be. Idle until it is given a feed.
 
-    limit: bytes per second that it shall not exceed, as on a slower disk; None: what the disk gives.
+    filler: what copies a chunk. limit: bytes per second that it shall not exceed, as on a slower disk or bus; None:
+    what there is.
     """
 
     def __init__(
-        self,
-        store: CheckpointStore,
-        memory_of_layer: Sequence[SlotMemory],
-        *,
-        direct: bool,
-        depth: int,
-        chunking: Chunking,
-        timeout: float,
-        limit: float | None = None,
+        self, filler: Filler, *, depth: int, chunking: Chunking, timeout: float, limit: float | None = None
     ) -> None:
-        self._shared = _Shared(
-            filler=SlotFiller(store, memory_of_layer, direct),
-            chunking=chunking,
-            lanes=depth,
-            limit=limit,
-        )
+        self._shared = _Shared(filler=filler, chunking=chunking, lanes=depth, limit=limit)
         self._timeout = timeout
-        self.direct = direct
         self._threads = [
             threading.Thread(target=_work, args=(self._shared, f"copy {i}"), name=f"promoe-read-{i}", daemon=True)
             for i in range(depth)
@@ -109,6 +94,9 @@ class DiskLink:
     @property
     def cuts(self) -> Callable[[Transfer], Cuts]:
         return self._shared.filler.cuts
+
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        self._shared.filler.fence(layer, slots)
 
     def tell(self, event: Callable[[], R]) -> R:
         shared = self._shared

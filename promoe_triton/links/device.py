@@ -1,0 +1,84 @@
+"""Host memory or disk to slots in a device's memory: each thread on a stream of its own.
+
+A thread returns from a copy when its bytes are in the slot, so what a layer computes after an arrival sees them. What
+it computed before may still run when its slots are given to others: `fence` notes an event after that work, and every
+copy into those slots waits for it on the device, not on the host.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from promoe_triton.links.filling import Views
+from promoe_triton.links.sources import Source
+from promoe_triton.links.streams import Lane, Streams
+from promoe_triton.memory import Slots
+from promoe_triton.protocols import Chunk, Cuts, ExpertTensors, Transfer
+
+
+class DeviceFiller:
+    """Copies chunks from a source into the slots of their layers, which lie on a device. Any thread may use it."""
+
+    def __init__(self, source: Source, memory_of_layer: Sequence[Slots], streams: Streams) -> None:
+        self._source = source
+        self._memory_of_layer = memory_of_layer
+        self._streams = streams
+        self._views = Views()
+        self._fences: dict[tuple[int, int], Any] = {}
+        self._everything: Any = None
+        self._here = threading.local()
+
+    def cuts(self, transfer: Transfer) -> Cuts:
+        return Cuts(ends=self._source.image(transfer).ends, whole=self._source.is_whole(transfer))
+
+    def source(self, transfer: Transfer) -> str:
+        return self._source.describe(transfer)
+
+    def copy(self, chunk: Chunk) -> int:
+        transfer = chunk.transfer
+        memory, lane = self._memory_of_layer[transfer.key.layer], self._lane()
+        slot = memory.slot(transfer.slot)
+        for event in (self._everything, self._fences.get((id(memory), transfer.slot))):
+            if event is not None:
+                lane.after(event)
+        if self._source.is_whole(transfer):
+            read = self._source.converted(transfer, memory.slot_bytes)
+            lane.copy(slot, read.data)
+            lane.finish()
+            return read.moved
+        # A chunk lies within one extent.
+        image = self._source.image(transfer)
+        index = bisect.bisect_right(image.ends, chunk.begin)
+        extent = image.extents[index]
+        skip = chunk.begin - (image.ends[index] - extent.nbytes)
+        nbytes = chunk.end - chunk.begin
+        first = extent.slot_offset + skip
+        lane.copy(slot[first : first + nbytes], self._source.read(transfer, extent, index, skip, nbytes))
+        lane.finish()
+        return nbytes
+
+    def finish(self, transfer: Transfer) -> ExpertTensors:
+        self._source.check(transfer)
+        memory = self._memory_of_layer[transfer.key.layer]
+        return self._views.of(self._source.image(transfer), memory, transfer.slot)
+
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        event = self._streams.mark()
+        if slots is None:
+            self._everything = event
+            return
+        memory = self._memory_of_layer[layer]
+        for slot in slots:
+            self._fences[id(memory), slot] = event
+
+    def _lane(self) -> Lane:
+        lane: Lane | None = getattr(self._here, "lane", None)
+        if lane is None:
+            lane = self._here.lane = self._streams.lane()
+        return lane
+
+    def close(self) -> None:
+        self._source.close()

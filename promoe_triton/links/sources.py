@@ -1,0 +1,173 @@
+"""Where a device's slots are filled from: the host's memory, or files through a little of it.
+
+Either way the bytes that a lane copies lie in memory that the device can read by itself, if there is such memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from promoe_triton.links.streams import Release, Streams
+from promoe_triton.memory import SlotMemory
+from promoe_triton.protocols import PAGE, Transfer
+from promoe_triton.stores.checkpoint import CheckpointStore
+from promoe_triton.stores.host import HostStore
+from promoe_triton.stores.image import Extent, SlotImage
+from promoe_triton.stores.reader import FileReader
+
+logger = logging.getLogger(__name__)
+
+
+class Converted(NamedTuple):
+    """An expert as it is to lie in its slot (uint8 [slot_bytes]), and the bytes that were read for it."""
+
+    data: Tensor
+    moved: int
+
+
+class Source(Protocol):
+    """Bytes of experts in the host's memory. Any thread may ask."""
+
+    def image(self, transfer: Transfer) -> SlotImage:
+        """Say how a transfer's bytes lie in a slot; every tensor is aligned, nothing is moved afterwards."""
+        ...
+
+    def is_whole(self, transfer: Transfer) -> bool:
+        """Whether it is converted on its way, and comes as one."""
+        ...
+
+    def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
+        """Return bytes of the image's extent number `index`, uint8 [nbytes]; valid until this thread's next call."""
+        ...
+
+    def converted(self, transfer: Transfer, slot_bytes: int) -> Converted:
+        """Return a transfer that `is_whole`; valid until this thread's next call."""
+        ...
+
+    def check(self, transfer: Transfer) -> None:
+        """Raise PromoeError unless what was read was what it should be."""
+        ...
+
+    def describe(self, transfer: Transfer) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class Rings:
+    """Memory of every thread's own, for bytes on their way to the device."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._here = threading.local()
+        self._taken: list[tuple[SlotMemory, Release]] = []
+
+    def room(self, nbytes: int) -> SlotMemory:
+        """Return the calling thread's memory, of at least so many bytes; what was in it before may be gone."""
+        memory: SlotMemory | None = getattr(self._here, "memory", None)
+        if memory is None or memory.slot_bytes < nbytes:
+            memory = self._here.memory = SlotMemory(1, nbytes)
+            release = self._streams.pin(memory.slot(0))
+            if release is not None:
+                self._taken.append((memory, release))  # the memory must outlive its registration
+        return memory
+
+    def close(self) -> None:
+        while self._taken:
+            _, release = self._taken.pop()
+            release()
+
+
+class HostSource:
+    """Experts at rest in the host's memory, which is registered with the device: copied from where they rest."""
+
+    def __init__(self, store: HostStore, streams: Streams) -> None:
+        self._store = store
+        self._rings = Rings(streams)
+        self._releases: list[Release] = []
+        self._pinned: set[int] = set()
+        tensors = store.tensors()
+        for tensor in transformers_logging.tqdm(tensors, desc="Registering experts with the device", leave=False):
+            release = streams.pin(tensor)
+            if release is not None:
+                self._pinned.add(tensor.data_ptr())
+                self._releases.append(release)
+        if len(self._pinned) < len(tensors):
+            logger.warning(
+                "%d of %d tensors of experts could not be registered with the device, and are copied on their way",
+                len(tensors) - len(self._pinned),
+                len(tensors),
+            )
+
+    def image(self, transfer: Transfer) -> SlotImage:
+        return self._store.image(transfer.key, transfer.part)
+
+    def is_whole(self, transfer: Transfer) -> bool:
+        return False
+
+    def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
+        name = self.image(transfer).tensors[index].spec.name
+        data = self._store.bytes_of(transfer.key, name)[skip : skip + nbytes]
+        if self._store.address(transfer.key.layer, name) in self._pinned:
+            return data
+        return self._rings.room(nbytes).slot(0)[:nbytes].copy_(data)
+
+    def converted(self, transfer: Transfer, slot_bytes: int) -> Converted:
+        raise AssertionError("what rests in memory needs no conversion")
+
+    def check(self, transfer: Transfer) -> None:
+        pass
+
+    def describe(self, transfer: Transfer) -> str:
+        return self._store.describe()
+
+    def close(self) -> None:
+        while self._releases:
+            self._releases.pop()()
+        self._pinned.clear()
+        self._rings.close()
+
+
+class DiskSource:
+    """Experts at rest in files, read into a ring of host memory. direct: past the page cache."""
+
+    def __init__(self, store: CheckpointStore, streams: Streams, direct: bool) -> None:
+        self._store = store
+        self._reader = FileReader(store.unchanged, direct)
+        self._rings = Rings(streams)
+
+    def image(self, transfer: Transfer) -> SlotImage:
+        # As for reads through the page cache: the phase that direct reads have in the file ends in the ring.
+        return self._store.image(transfer.key, False, transfer.part)
+
+    def is_whole(self, transfer: Transfer) -> bool:
+        return self._store.staged(transfer.key.layer)
+
+    def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
+        if index == 0 and skip == 0:
+            for file, offset in self.image(transfer).files.items():
+                self._reader.check(file, offset)  # opens it anew where it was exchanged for an equal one
+        room = self._rings.room(nbytes + 2 * PAGE)
+        first = self._reader.read(extent.file, extent.offset + skip, nbytes, room.view, 0)
+        return room.slot(0)[first : first + nbytes]
+
+    def converted(self, transfer: Transfer, slot_bytes: int) -> Converted:
+        slot = self._rings.room(slot_bytes).slot(0)[:slot_bytes]
+        return Converted(slot, self._store.convert(transfer.key, self.image(transfer), slot, self._reader))
+
+    def check(self, transfer: Transfer) -> None:
+        if not self.is_whole(transfer):
+            for file, offset in self.image(transfer).files.items():
+                self._reader.check(file, offset)  # only what is still the same has surely been so all the time
+
+    def describe(self, transfer: Transfer) -> str:
+        first = self.image(transfer).extents[0]
+        return f"{first.file} at offset {first.offset}"
+
+    def close(self) -> None:
+        self._reader.close()
+        self._rings.close()

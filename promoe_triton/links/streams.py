@@ -1,0 +1,114 @@
+"""What copies need of a device: a stream for every lane, events, and host memory that the device can read by itself.
+
+Only `links/` makes streams. The computing thread's stream is whatever is current there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Release = Callable[[], None]
+
+
+class Lane(Protocol):
+    """A stream of copies, used by one thread."""
+
+    def after(self, event: Any) -> None:
+        """Begin no further copy before the event has come."""
+        ...
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy bytes from the host, after all that this lane was told before. Returns before that is done."""
+        ...
+
+    def finish(self) -> None:
+        """Return when every copy of this lane is done."""
+        ...
+
+
+class Streams(Protocol):
+    """The streams of one device."""
+
+    def mark(self) -> Any:
+        """Return an event that comes when all work is done that the calling thread has issued so far."""
+        ...
+
+    def lane(self) -> Lane:
+        """Return a new lane for the calling thread."""
+        ...
+
+    def pin(self, tensor: Tensor) -> Release | None:
+        """Let the device read this host memory by itself, until the returned call; None where it cannot be."""
+        ...
+
+
+class CudaLane:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def after(self, event: Any) -> None:
+        self._stream.wait_event(event)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def finish(self) -> None:
+        self._done.record(self._stream)
+        self._done.synchronize()
+
+
+class CudaStreams:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def lane(self) -> Lane:
+        return CudaLane(self._device)
+
+    def pin(self, tensor: Tensor) -> Release | None:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = tensor.data_ptr()
+        if int(runtime.cudaHostRegister(address, tensor.nbytes, 0)):
+            return None
+        return lambda: runtime.cudaHostUnregister(address)
+
+
+class HostLane:
+    def after(self, event: Any) -> None:
+        pass
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def finish(self) -> None:
+        pass
+
+
+class HostStreams:
+    """RAM as if it were a device's memory, for tests: everything is done when its call returns."""
+
+    def mark(self) -> Any:
+        return None
+
+    def lane(self) -> Lane:
+        return HostLane()
+
+    def pin(self, tensor: Tensor) -> Release | None:
+        return lambda: None
+
+
+def streams_of(device: torch.device) -> Streams:
+    return CudaStreams(device) if device.type == "cuda" else HostStreams()

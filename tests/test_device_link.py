@@ -1,0 +1,347 @@
+"""Slots in the memory of a device, filled from the host's memory or from disk, without a device.
+
+RAM stands in for the device's memory, and `Device` for its streams: what was issued there is done a while later, in
+order, on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import promoe_triton
+from promoe_triton import PromoeError
+from promoe_triton.links import choice
+from promoe_triton.links.device import DeviceFiller
+from promoe_triton.links.sources import DiskSource, HostSource
+from promoe_triton.links.streams import HostStreams, Lane, Release
+from promoe_triton.memory import DeviceMemory, Slots
+from promoe_triton.protocols import Chunk, ExpertKey, ExpertSpec, Part, TensorSpec, Transfer
+from promoe_triton.stores.host import HostStore
+
+PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+NEW = 5
+BOUND = 20.0
+
+
+def build(dtype: torch.dtype = torch.bfloat16) -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    model = MixtralForCausalLM(config).eval()
+    for parameter in model.parameters():  # not the buffers, which from_pretrained leaves in single precision
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> list[Tensor]:
+    out = model(PROMPT, use_cache=True)
+    found = [out.logits]
+    for _ in range(NEW):
+        out = model(found[-1][:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits)
+    return found
+
+
+@pytest.fixture(scope="module")
+def want() -> list[Tensor]:
+    return logits(build())
+
+
+def equal(found: list[Tensor], want: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+class Device:
+    """Does what it is told in order, each a moment later, on its own thread."""
+
+    def __init__(self, delay: Callable[[], float]) -> None:
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._delay = delay
+        self.failures: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def issue(self, work: Callable[[], None]) -> None:
+        self._todo.put(work)
+
+    def _run(self) -> None:
+        while (work := self._todo.get()) is not None:
+            time.sleep(self._delay())
+            work()
+
+    def close(self) -> None:
+        self._todo.put(None)
+        self._thread.join(BOUND)
+
+
+class DeviceLane:
+    """Copies when it is asked to finish, and waits for events then, as a stream would."""
+
+    def __init__(self) -> None:
+        self._todo: list[Callable[[], None]] = []
+
+    def after(self, event: Any) -> None:
+        def wait() -> None:
+            assert event.wait(BOUND), "an event that never came"
+
+        self._todo.append(wait)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        def work() -> None:
+            target.copy_(source)
+
+        self._todo.append(work)
+
+    def finish(self) -> None:
+        todo, self._todo = self._todo, []
+        for work in todo:
+            work()
+
+
+class DeviceStreams(HostStreams):
+    """Events come when the device has got to them."""
+
+    def __init__(self, device: Device, can_pin: bool = True) -> None:
+        self._device, self._can_pin = device, can_pin
+        self.pinned = 0
+
+    def mark(self) -> Any:
+        event = threading.Event()
+        self._device.issue(event.set)
+        return event
+
+    def lane(self) -> Lane:
+        return DeviceLane()
+
+    def pin(self, tensor: Tensor) -> Release | None:
+        if not self._can_pin:
+            return None
+        self.pinned += 1
+
+        def release() -> None:
+            self.pinned -= 1
+
+        return release
+
+
+class Watched(DeviceFiller):
+    """Fails where a slot changes before the work that reads it is done: the device looks at it when it gets there."""
+
+    device: Device
+
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        memory = self._memory_of_layer[layer]
+        slots = None if slots is None else list(slots)
+        for slot in slots or ():
+            held, before = memory.slot(slot), memory.slot(slot).clone()
+
+            def check(held: Tensor = held, before: Tensor = before, slot: int = slot) -> None:
+                if not torch.equal(held, before):
+                    self.device.failures.append(f"slot {slot} of layer {layer} was written while it was read")
+
+            self.device.issue(check)
+        super().fence(layer, slots)
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    chance = random.Random(0)
+    made = Device(lambda: chance.choice([0.0, 0.0, 0.001]))
+    yield made
+    made.close()
+    assert not made.failures, made.failures[:3]
+
+
+@pytest.fixture
+def streams(device: Device, monkeypatch: pytest.MonkeyPatch) -> DeviceStreams:
+    """Every link made from now on runs on the stand-in."""
+    made = DeviceStreams(device)
+    monkeypatch.setattr(choice, "streams_of", lambda _: made)
+    monkeypatch.setattr(Watched, "device", device, raising=False)
+    monkeypatch.setattr(choice, "DeviceFiller", Watched)
+    return made
+
+
+@pytest.fixture
+def from_disk(streams: DeviceStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disk to RAM goes the way of disk to a device."""
+
+    def filler(store: Any, memory_of_layer: Sequence[Slots], direct: bool) -> DeviceFiller:
+        return Watched(DiskSource(store, streams, direct), memory_of_layer, streams)
+
+    monkeypatch.setattr(choice, "SlotFiller", filler)
+
+
+OPTIONS = [
+    pytest.param({"slots": 12}, id="all"),
+    pytest.param({"slots": 7}, id="most"),
+    pytest.param({"slots": 4, "predictor": "gate"}, id="two-a-layer"),
+    pytest.param({"slots": 2, "chunk": 4096}, id="one-a-layer"),
+    pytest.param({"slots": 1, "depth": 1}, id="one"),
+    pytest.param({"slots": 5, "partition": "global", "chunking": "tensor"}, id="shared"),
+    pytest.param({"slots": 4, "ablation": "lru"}, id="on-demand"),
+    pytest.param({"slots": 4, "ablation": "layer"}, id="whole-layers"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.usefixtures("streams")
+def test_from_memory(options: dict[str, Any], want: list[Tensor]) -> None:
+    model = promoe_triton.patch(build(), device="cpu", store="memory", **options)
+    assert equal(logits(model), want)
+    assert equal(logits(model), want)
+    assert promoe_triton.stats(model).store == "the host's memory"
+    assert promoe_triton.stats(model).hits + promoe_triton.stats(model).misses > 0
+    promoe_triton.unpatch(model)
+
+
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.usefixtures("from_disk")
+def test_from_disk(options: dict[str, Any], io: Any, want: list[Tensor], tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    model = promoe_triton.from_pretrained(str(tmp_path), device="cpu", store="checkpoint", io=io, **options)
+    assert equal(logits(model), want)
+    assert equal(logits(model), want)
+
+
+@pytest.mark.usefixtures("from_disk")
+def test_converted_on_its_way(want: list[Tensor], tmp_path: Path) -> None:
+    build(torch.float32).save_pretrained(tmp_path)
+    model = promoe_triton.from_pretrained(str(tmp_path), device="cpu", slots=3, dtype=torch.bfloat16)
+    assert equal(logits(model), want)
+
+
+@pytest.mark.usefixtures("from_disk")
+def test_a_file_that_is_gone(want: list[Tensor], tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    model = promoe_triton.from_pretrained(str(tmp_path), device="cpu", slots=2)
+    file = tmp_path / "model.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    with pytest.raises(PromoeError, match=r"expert \d of MoE layer \d could not be read: .*model\.safetensors"):
+        logits(model)
+    (tmp_path / "elsewhere").rename(file)
+    assert equal(logits(model), want)
+
+
+def test_memory_that_cannot_be_registered(
+    device: Device, streams: DeviceStreams, want: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is copied through a ring instead, and that is said once."""
+    streams._can_pin = False
+    model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+    assert equal(logits(model), want)
+    assert [record.message for record in caplog.records if "registered" in record.message] == [
+        "4 of 4 tensors of experts could not be registered with the device, and are copied on their way"
+    ]
+
+
+def test_what_is_registered_is_given_back(streams: DeviceStreams) -> None:
+    model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+    assert streams.pinned == 4
+    promoe_triton.unpatch(model)
+    assert streams.pinned == 0
+
+
+@pytest.mark.usefixtures("streams")
+class TestWeights:
+    def test_the_same_objects_are_back(self, want: list[Tensor]) -> None:
+        model = build()
+        before = {name: (parameter, parameter.data_ptr()) for name, parameter in model.named_parameters()}
+        promoe_triton.patch(model, device="cpu", store="memory", slots=3)
+        assert all(p.is_meta == ("experts" in name) for name, p in model.named_parameters())
+        logits(model)
+        promoe_triton.unpatch(model)
+        assert all(p is before[name][0] and p.data_ptr() == before[name][1] for name, p in model.named_parameters())
+        assert equal(logits(model), want)
+
+    def test_state_dict(self) -> None:
+        stock = build().state_dict()
+        state = promoe_triton.patch(build(), device="cpu", store="memory", slots=3).state_dict()
+        assert state.keys() == stock.keys()
+        assert all(torch.equal(state[name], stock[name]) for name in stock)
+
+    def test_a_copy_shares_the_weights_until_it_is_unpatched(self, want: list[Tensor]) -> None:
+        model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+        twin = copy.deepcopy(model)
+        assert equal(logits(twin), want)
+        promoe_triton.unpatch(twin)
+        name = "model.layers.0.mlp.experts.down_proj"
+        with torch.no_grad():
+            twin.get_parameter(name).zero_()
+        assert equal(logits(model), want)
+        promoe_triton.unpatch(model)
+        assert equal(logits(model), want)
+
+    def test_moving_the_slots_is_refused(self) -> None:
+        model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+        with pytest.raises(PromoeError, match="cannot be moved to meta; unpatch first, and patch with device="):
+            model.to("meta")
+        with pytest.raises(PromoeError, match=r"rest in the host's memory and cannot be cast to torch\.float32"):
+            model.float()
+
+
+class TestFences:
+    """One slot, one tensor, and events that come when the test says so."""
+
+    def filler(self, streams: Any) -> tuple[DeviceFiller, DeviceMemory, Tensor]:
+        spec = ExpertSpec(tensors=(TensorSpec(name="w", part=Part.UP, shape=(2, 4), dtype=torch.float32),))
+        weights = torch.arange(24.0).view(3, 2, 4)
+        layout: Any = type("Layout", (), {"cut": staticmethod(lambda tensor, e: tensor[e])})
+        store = HostStore([spec], [layout], [{"w": weights}])
+        memory = DeviceMemory(2, store.slot_bytes(0, 3), torch.device("cpu"))
+        return DeviceFiller(HostSource(store, streams), [memory], streams), memory, weights
+
+    def copied(self, filler: DeviceFiller, expert: int, slot: int) -> threading.Thread:
+        transfer = Transfer(key=ExpertKey(0, expert), part=Part.WHOLE, slot=slot)
+        thread = threading.Thread(target=lambda: filler.copy(Chunk(transfer=transfer, begin=0, end=32)))
+        thread.start()
+        return thread
+
+    @pytest.mark.parametrize("slots", [[0], None], ids=["this-slot", "any-slot"])
+    def test_a_copy_waits_for_who_reads_its_slot(self, slots: list[int] | None) -> None:
+        events: list[threading.Event] = []
+
+        class Streams(HostStreams):
+            def mark(self) -> Any:
+                events.append(threading.Event())
+                return events[-1]
+
+            def lane(self) -> Lane:
+                return DeviceLane()
+
+        filler, memory, weights = self.filler(Streams())
+        self.copied(filler, 1, 0).join(BOUND)
+        filler.fence(0, slots)
+        waiting, other = self.copied(filler, 2, 0), self.copied(filler, 2, 1)
+        other.join(0.2)
+        assert other.is_alive() == (slots is None)
+        assert waiting.is_alive()
+        assert torch.equal(memory.slot(0)[:32].view(torch.float32), weights[1].flatten())
+        events[0].set()
+        waiting.join(BOUND)
+        other.join(BOUND)
+        for slot in (0, 1):
+            assert torch.equal(memory.slot(slot)[:32].view(torch.float32), weights[2].flatten())
