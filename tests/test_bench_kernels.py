@@ -44,7 +44,13 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 
 def test_rehearsal_is_right_everywhere_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    picked = ("--only", "tiny gpt-oss, T 1", "tiny gpt-oss, T 8: schedule", "tiny, T 8: layer, ours, 75", "tiny, T 8: combine")
+    picked = (
+        "--only",
+        "tiny gpt-oss, T 1",
+        "tiny gpt-oss, T 8: schedule",
+        "tiny, T 8: layer, ours, 75",
+        "tiny, T 8: combine",
+    )
     said = run(tmp_path, *picked)
     rows = rows_of(tmp_path)
     ours = [row for row in rows if row["variant"].startswith("ours")]
