@@ -27,11 +27,13 @@ STYLES = {
     grid.GROUPED: ("#c98a1b", "s-"),
     grid.BATCHED: ("#7a5ea8", "D-"),
     grid.EAGER: ("#8a8f98", "v-"),
+    grid.COMPILED[0]: ("#7a5ea8", "D:"),
+    grid.COMPILED[1]: ("#c98a1b", "s:"),
     "vllm": ("#2e8b57", "P-"),
     "liger": ("#c0392b", "X-"),
 }
 RED, GREY = "#c0392b", "#8a8f98"
-SHADES = ("#12365f", "#1f5fa8", "#4c8fd0", "#c98a1b", "#2e8b57", "#7a5ea8", "#8a8f98", "#c0392b")
+SHADES = ("#12365f", "#4c8fd0", "#c98a1b", "#2e8b57", "#7a5ea8", "#8c564b", "#8a8f98", "#d6a5c9")
 MODES = ("graph", "eager", "interpreter")
 """The first that a variant has is drawn: what cannot be captured is drawn as it runs without a graph."""
 

@@ -40,7 +40,7 @@ class Roofs:
     def measured(cls, device: torch.device, dtype: torch.dtype) -> Roofs:
         """Copy a large tensor (bytes read plus bytes written), and multiply two large random matrices."""
         size, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 22, 128)
-        source = torch.ones(size, dtype=torch.uint8, device=device)
+        source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         time = time_eager if device.type == "cuda" else time_host
@@ -105,6 +105,8 @@ class Bench:
         if self._stage is None or self._stage.shape.name != shape:
             self._stage = None
             if self._device.type == "cuda":
+                # What was compiled may hold on to the weights of the shape before.
+                torch.compiler.reset()
                 torch.cuda.empty_cache()
             self._stage = Stage(SHAPES[shape], self._dtype, self._device, self._table)
         return self._stage

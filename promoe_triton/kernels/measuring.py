@@ -166,10 +166,23 @@ class Measurer:
             times = timed(trial.runs(tile), SECONDS)
         # Whatever the compiler has against a tile: another will do.
         except Exception as reason:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-            return Measurement(reason=f"failed: {type(reason).__name__}: {' '.join(str(reason).split())[:200]}")
+            failed = Measurement(reason=f"failed: {type(reason).__name__}: {' '.join(str(reason).split())[:200]}")
+            self._check_alive(product, tile, failed)
+            return failed
         return Measurement(p20=times.p20, p50=times.p50, p80=times.p80, error=error)
+
+    def _check_alive(self, product: Product, tile: Tile, failed: Measurement) -> None:
+        """Raise PromoeError where a tile has taken the GPU down; the next run leaves it out."""
+        if self._device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as lost:
+            self._kept.put(self.key(product, tile), failed)
+            raise PromoeError(
+                f"the GPU is lost to this process after {tile} for {product.problem}, {product.part}: {failed.reason}; "
+                "run the same command again, it goes on without this tile"
+            ) from lost
 
     def _trial(self, product: Product) -> ProductTrial:
         if product not in self._trials:
