@@ -126,7 +126,8 @@ def test_rows_of_other_kernels_do_not_count(bench: None, tmp_path: Path) -> None
     cell = grid.Cell(part="layer", shape="tiny", T=1)
     path = tmp_path / "kernels.csv"
     before = table.Table(path, about | {"source": "old"})
-    before.write(cell, [table.Result(mode="graph", status="ok", p50=1.0, p20=1.0, p80=1.0)])
+    modes = ("graph", "eager")
+    before.write(cell, [table.Result(mode=mode, status="ok", p50=1.0, p20=1.0, p80=1.0) for mode in modes])
     now = table.Table(path, about)
     assert before.has(cell)
     assert not now.has(cell)
