@@ -67,6 +67,14 @@ def test_rehearsal_is_right_everywhere_and_goes_on_where_it_stopped(tmp_path: Pa
     assert (tmp_path / "gates.txt").read_text() in said
 
 
+def test_figures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    said = run(tmp_path, "--only", "T 8: schedule")
+    assert "no figure times: nothing for it was measured" in said
+    assert "no figures" not in said
+    assert {row["part"] for row in rows_of(tmp_path)} == {"schedule"}
+
+
 def test_minutes_end_a_run(tmp_path: Path) -> None:
     assert "are left; run again" in run(tmp_path, "--minutes", "0.0001")
     assert not (tmp_path / "kernels.csv").exists()

@@ -63,6 +63,8 @@ def shapes_of(rows: Sequence[Row]) -> list[str]:
 
 
 def panels(count: int, width: float = 3.9, height: float = 3.3) -> tuple[Figure, list[Axes]]:
+    if not count:
+        raise LookupError("nothing for it was measured")
     columns = 3 if count in (3, 5, 6) else min(count, 4)
     lines = -(-count // columns)
     size = (max(width * columns, 6.5), height * lines + 0.6)

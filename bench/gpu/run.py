@@ -115,14 +115,15 @@ def finish(out: Path) -> int:
     if not rows:
         print("nothing was measured", flush=True)
         return 0
+    text = gates.summary(rows)
+    (out / "gates.txt").write_text(text + "\n")
     try:
         import draw
 
         draw.all_figures(out)
-    except ImportError as error:
-        print(f"no figures: {error}", flush=True)
-    text = gates.summary(rows)
-    (out / "gates.txt").write_text(text + "\n")
+    # Whatever goes wrong with a picture, the numbers stand.
+    except Exception as error:
+        print(f"no figures: {error!r}", flush=True)
     print(f"\n{rows[-1]['device']}, {rows[-1]['commit']}\n{text}", flush=True)
     return 0
 
