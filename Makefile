@@ -2,10 +2,13 @@
 
 BOOTSTRAP ?= python3
 VENV := .venv
+# Verbs for a GPU take another Python that has torch already: make bench-kernels PYTHON=python3
 PYTHON := $(VENV)/bin/python
+OUT ?=
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+GPU_READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(BENCH_INSTALLED))
 
 # Only a PROMPT given to make itself: shells and systems know an environment variable of that name. An empty one is
 # passed on, and refused.
@@ -17,7 +20,7 @@ endif
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-large test test-slow families check bench figures clean
+.PHONY: help install demo demo-large test test-slow test-gpu families check bench bench-kernels figures clean
 
 help:  ## List the verbs
 	@echo 'make <verb>'
@@ -37,6 +40,9 @@ test: $(INSTALLED)  ## Run the tests that are not marked slow
 test-slow: $(INSTALLED)  ## Run the tests marked slow
 	$(PYTHON) -m pytest -m slow $(ARGS)
 
+test-gpu: $(GPU_READY)  ## Run the kernels' tests on the GPU; PYTHON=python3 to use a Python that has torch
+	$(PYTHON) -m pytest -W ignore::pytest.PytestConfigWarning -m "gpu or not slow" $(wildcard tests/test_kernels*.py tests/test_gpu*.py) $(ARGS)
+
 families: $(INSTALLED)  ## Run every MoE family and write the README's table of them
 	$(PYTHON) -m pytest tests/test_families.py --families-report tests/families.json
 	PYTHONPATH=tests $(PYTHON) tests/families_table.py
@@ -48,6 +54,9 @@ check: $(INSTALLED)  ## Check format, style and types
 
 bench: $(BENCH_INSTALLED)  ## Measure on this machine; results go to bench/results
 	$(PYTHON) bench/run.py $(ARGS)
+
+bench-kernels: $(GPU_READY)  ## Measure the kernels on the GPU: make bench-kernels PYTHON=python3 OUT=folder ARGS="--minutes 8"
+	$(PYTHON) bench/gpu/run.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 figures: $(BENCH_INSTALLED)  ## Draw the figures from the results
 	$(PYTHON) bench/figures.py $(ARGS)

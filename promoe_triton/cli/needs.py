@@ -106,7 +106,7 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
     total = sum(n * spec.nbytes for n, spec in zip(experts, specs, strict=True))
     dense = sum(parameter.nbytes for parameter in model.parameters()) - total
     context, free = room_for_context(model), available_memory()
-    top_k = _top_k(model, list(found))
+    top_k = experts_per_token(model, list(found))
     layer_needs = [
         LayerNeed(experts=n, spec=spec, slot_bytes=size)
         for n, spec, size in zip(experts, specs, slot_bytes, strict=True)
@@ -158,7 +158,7 @@ def measure_bandwidth(name: str) -> float:
     return nbytes / taken
 
 
-def _top_k(model: Any, paths: Sequence[str]) -> int | None:
+def experts_per_token(model: Any, paths: Sequence[str]) -> int | None:
     """Return how many experts a token gets: from the modules beside the experts, else from the configuration."""
     block = model.get_submodule(paths[0].rpartition(".")[0])
     for place in [*block.modules(), model.config.get_text_config()]:

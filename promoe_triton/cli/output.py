@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
+
+LINE_SECONDS = 5.0
+"""Between two lines of progress where there is no terminal."""
 
 
 def print_error(error: BaseException | str) -> None:
@@ -115,3 +127,32 @@ def working(message: str) -> Iterator[None]:
         return
     with console.status(Text(message)):
         yield
+
+
+@contextmanager
+def steps_progress(label: str, steps: int) -> Iterator[Callable[[str], None]]:
+    """Show how many steps are done, on stderr: a bar in a terminal, else a line every few seconds."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(console, label, steps).step
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[what]}"), console=console, transient=True) as progress:
+        task = progress.add_task(label, total=steps, what="")
+        yield lambda what: progress.update(task, advance=1, what=what)
+
+
+class _Lines:
+    """A line when some seconds have passed since the last, and at the end."""
+
+    def __init__(self, console: Console, label: str, steps: int) -> None:
+        self._console, self._label, self._steps = console, label, steps
+        self._done, self._last = 0, 0.0
+
+    def step(self, what: str) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last >= LINE_SECONDS or self._done == self._steps:
+            self._last = now
+            line = f"{self._label}: {self._done} of {self._steps}, {what}"
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
