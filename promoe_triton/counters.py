@@ -75,7 +75,9 @@ class Stats:
     hits, misses: expert accesses found ready in a slot, or not; an access is one expert in one call of a layer.
     evictions: experts that left a slot for another.
     bytes_read: bytes the link has copied, with what alignment reads along.
+        Neither is counted where everything is resident on a GPU: the host would wait for it.
     stall_seconds: time layers waited for copies.
+    host_reads: how often layers waited for what a GPU had computed: once per call of a layer that is not resident.
     copied_ahead: what prefetching did, by layer. Empty without slots.
     link_seconds: time in which the link was copying, filling the slots at the start left out; run_seconds: the time
         that all passes took; link_bandwidth: bytes per second while it was copying, lately.
@@ -95,6 +97,7 @@ class Stats:
     evictions: int
     bytes_read: int
     stall_seconds: float
+    host_reads: int
     copied_ahead: tuple[Ahead, ...]
     link_seconds: float
     link_bandwidth: float
@@ -178,6 +181,7 @@ class Counters:
     misses: int = 0
     evictions: int = 0
     stall_seconds: float = 0.0
+    host_reads: int = 0
     run_seconds: float = 0.0
     prefills: int = 0
     decodes: int = 0

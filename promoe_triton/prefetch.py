@@ -6,12 +6,14 @@ Predictions are hints. Whatever goes wrong with one, the output is the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from promoe_triton.predictors.taps import Taps
-from promoe_triton.protocols import ExpertKey, Observation, Predictor, Seam
+from promoe_triton.protocols import ExpertKey, Observation, Prediction, Predictor, Seam
 
 if TYPE_CHECKING:
     from promoe_triton.runtime import ModelRuntime
@@ -34,11 +36,32 @@ class Way(NamedTuple):
     tokens: int
 
 
+class Outlook(NamedTuple):
+    """What was seen, and what it was taken to mean: not read by the host yet."""
+
+    seen: Observation
+    predictions: Sequence[Prediction]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return what the host must know to act on it."""
+        return [prediction.expert_ids for prediction in self.predictions]
+
+
 class Ranking(NamedTuple):
     """A prediction on the host."""
 
     steps: int
     experts: list[ExpertKey]
+
+
+def read(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return integer (or boolean) tensors as lists. On a device the host waits once for all of them."""
+    if not tensors or tensors[0].is_cpu:
+        return [tensor.tolist() for tensor in tensors]
+    numbers = torch.cat([tensor.flatten().long() for tensor in tensors]).tolist()
+    ends = list(accumulate(tensor.numel() for tensor in tensors))
+    return [numbers[end - tensor.numel() : end] for end, tensor in zip(ends, tensors, strict=True)]
 
 
 class Prefetcher:
@@ -67,8 +90,8 @@ class Prefetcher:
             self._taps.remove()
             self._taps = None
 
-    def routed(self, layer: int, x_TD: Tensor, expert_ids_TA: Tensor | None, now: float) -> None:
-        """A layer has routed its tokens, at the time `now`; ids None: it does not tell them by token."""
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TA: Tensor | None, now: float) -> Outlook | None:
+        """Return what follows from a layer's routing, at the time `now`; ids None: it does not tell them by token."""
         stalled = self._runtime.counters.stall_seconds
         then, before = self._last
         self._last = (now, stalled)
@@ -76,30 +99,32 @@ class Prefetcher:
         if then and len(x_TD) < PROMPT:
             self._layer_seconds += (taken - self._layer_seconds) * (SMOOTHING if self._layer_seconds else 1.0)
         if expert_ids_TA is None or self._hopeless(layer, Seam.ROUTED):
-            return
+            return None
         if self._taps is not None:
             seen = self._taps.routed(layer, expert_ids_TA, x_TD)
         else:
             seen = Observation(layer=layer, state_TD=x_TD, expert_ids_TA=expert_ids_TA)
-        if seen is not None:
-            self._speculate(seen)
+        return None if seen is None else self._look(seen)
 
     def passed(self, seen: Observation) -> None:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
         if self._runtime.is_settled or self._hopeless(seen.layer, seen.seam):
             return
         with self._runtime.inside() as alone:
-            if alone:
-                self._speculate(seen)
+            if alone and (ahead := self._look(seen)) is not None:
+                self.speculate(ahead, read(ahead.tensors))
 
-    def _speculate(self, seen: Observation) -> None:
+    def _look(self, seen: Observation) -> Outlook | None:
         predictions = self._predictor.predict(seen)
-        if seen.tokens >= PROMPT:
-            return
+        return Outlook(seen, predictions) if predictions and seen.tokens < PROMPT else None
+
+    def speculate(self, ahead: Outlook, named: Sequence[Sequence[int]]) -> None:
+        """Queue what was predicted as far as time allows. named: the predictions' experts, as the host read them."""
         rankings = []
-        for prediction in predictions:
+        seen = ahead.seen
+        for prediction, experts in zip(ahead.predictions, named, strict=True):
             layer = self._runtime.layers[prediction.layer]
-            keys = [layer.keys[e] for e in prediction.expert_ids.tolist() if e < layer.layout.experts]
+            keys = [layer.keys[e] for e in experts if e < layer.layout.experts]
             if keys and not layer.resident:
                 rankings.append(Ranking(prediction.steps, keys))
         if rankings:

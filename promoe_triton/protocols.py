@@ -354,8 +354,13 @@ class Call(Protocol):
     """One pass of some tokens through one layer, between `LayerKernels.begin` and `combine`."""
 
     @property
+    def asked_E(self) -> Tensor | None:
+        """Which experts this call needs, bool [E], where only a device knows; None where the host does."""
+        ...
+
+    @property
     def experts(self) -> Collection[int]:
-        """The distinct experts this call needs: no sentinel, none with weight zero only."""
+        """The distinct experts this call needs: no sentinel, none with weight zero only. May wait for a device."""
         ...
 
 

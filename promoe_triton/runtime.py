@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from promoe_triton.links.choice import make_link
 from promoe_triton.policies import make_policy
 from promoe_triton.predictors.choice import make_predictor
 from promoe_triton.predictors.reach import Reach
-from promoe_triton.prefetch import PROMPT, Prefetcher
+from promoe_triton.prefetch import PROMPT, Outlook, Prefetcher, read
 from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Link, Part, Policy, Predictor, Store, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.stores.checkpoint import CheckpointStore
@@ -37,6 +38,17 @@ Popularity = Mapping[ExpertKey, float]
 
 RECENT = 16
 """The last tokens of a prompt, whose experts are kept before those of its other tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What the host knows of a call: its experts; those of a prompt's last tokens (None: all tokens count alike); those
+    that were predicted with it.
+    """
+
+    experts: Collection[int]
+    recent: Sequence[int] | None
+    named: Sequence[Sequence[int]]
 
 
 class LayerRuntime:
@@ -112,15 +124,19 @@ class LayerRuntime:
             kernels.activate(call)
             self._compute(kernels.down, call, None)
             return kernels.combine(call)
-        self._count(call.experts)
         began = model.now()
+        ids_TA = expert_ids_TA if ids_by_token else None
         model.begin_change()
         try:
-            waves = Waves(self, call.experts, _recent(expert_ids_TA) if ids_by_token else None)
-            if model.prefetcher is not None:
-                asked = model.now()
-                model.prefetcher.routed(self.index, x_TD, expert_ids_TA if ids_by_token else None, began)
-                model.note("predict", f"layer {self.index} predicts", asked)
+            # The host reads a device once, so predictions come first there; else what is missing is asked for first.
+            ahead = None if x_TD.is_cpu else self._look_ahead(x_TD, ids_TA, began)
+            known = self._read(call, ids_TA, ahead)
+            self._count(known.experts)
+            waves = Waves(self, known.experts, known.recent)
+            if x_TD.is_cpu:
+                ahead = self._look_ahead(x_TD, ids_TA, began)
+            if ahead is not None and model.prefetcher is not None:
+                model.prefetcher.speculate(ahead, known.named or read(ahead.tensors))
             for wave in waves.up():
                 self._compute(kernels.up, call, wave)
             kernels.activate(call)
@@ -132,6 +148,29 @@ class LayerRuntime:
             raise
         model.end_change()
         return kernels.combine(call)
+
+    def _look_ahead(self, x_TD: Tensor, ids_TA: Tensor | None, began: float) -> Outlook | None:
+        model = self.model
+        if model.prefetcher is None:
+            return None
+        asked = model.now()
+        ahead = model.prefetcher.routed(self.index, x_TD, ids_TA, began)
+        model.note("predict", f"layer {self.index} predicts", asked)
+        return ahead
+
+    def _read(self, call: Call, ids_TA: Tensor | None, ahead: Outlook | None) -> _Known:
+        """Read what the host must know of a call, and of what was predicted with it."""
+        asked_E = call.asked_E
+        tensors = [] if asked_E is None else [asked_E]
+        is_prompt = ids_TA is not None and len(ids_TA) >= PROMPT
+        if ids_TA is not None and is_prompt:
+            tensors.append(ids_TA[-RECENT:].flip(0).flatten())
+        lists = read(tensors + (ahead.tensors if ahead else []))
+        self.model.counters.host_reads += bool(tensors) and not tensors[0].is_cpu
+        experts = call.experts if asked_E is None else [e for e, is_asked in enumerate(lists.pop(0)) if is_asked]
+        # The last used comes last.
+        recent = list(dict.fromkeys(lists.pop(0)))[::-1] if is_prompt else None
+        return _Known(experts=experts, recent=recent, named=lists)
 
     def _count(self, experts: Collection[int]) -> None:
         for expert in experts:
@@ -162,13 +201,6 @@ class LayerRuntime:
             self.resident = all(map(table.is_ready, self.keys))
             if self.resident:
                 self.model.check_settled()
-
-
-def _recent(expert_ids_TA: Tensor) -> list[int] | None:
-    """Return the experts of a prompt's last tokens, the last used last; None where all tokens count alike."""
-    if len(expert_ids_TA) < PROMPT:
-        return None
-    return list(dict.fromkeys(expert_ids_TA[-RECENT:].flip(0).flatten().tolist()))[::-1]
 
 
 class ModelRuntime:
@@ -425,6 +457,7 @@ class ModelRuntime:
             evictions=counters.evictions + (self.core.evictions if link else 0),
             bytes_read=link.bytes_moved if link else 0,
             stall_seconds=counters.stall_seconds,
+            host_reads=counters.host_reads,
             copied_ahead=tuple(Ahead.of([tally]) for tally in tallies),
             link_seconds=link.busy_seconds - self._filling_seconds if link else 0.0,
             link_bandwidth=link.bandwidth if link else 0.0,

@@ -68,6 +68,10 @@ class Rows:
     down_parts: int = PLAIN
 
     @property
+    def asked_E(self) -> Tensor | None:
+        return None
+
+    @property
     def experts(self) -> Collection[int]:
         return self.rows.keys()
 
@@ -354,6 +358,10 @@ class Groups:
     weights: dict[int, Tensor]
     experts: list[int]
     states: dict[int, Any]
+
+    @property
+    def asked_E(self) -> Tensor | None:
+        return None
 
 
 class ByExpert(_Placed):

@@ -139,13 +139,18 @@ class TritonCall:
     y_RD: Tensor
 
     @cached_property
-    def experts(self) -> Collection[int]:
-        """The experts this call needs. The host waits for the routing here."""
+    def asked_E(self) -> Tensor:
+        """Which experts this call needs, bool [E]."""
         used = (self.ids_TA < self.known) & (self.weights_TA != 0)
         # One place more, for all that is of no expert.
         asked = self.ids_TA.new_zeros(self.known + 1, dtype=torch.bool)
         asked.scatter_(0, torch.where(used, self.ids_TA, self.known).flatten().long(), True)
-        return [e for e, is_asked in enumerate(asked[:-1].tolist()) if is_asked]
+        return asked[:-1]
+
+    @property
+    def experts(self) -> Collection[int]:
+        """The experts this call needs. The host waits for the routing here."""
+        return [e for e, is_asked in enumerate(self.asked_E.tolist()) if is_asked]
 
 
 class TritonLayer:
