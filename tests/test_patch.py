@@ -929,6 +929,15 @@ class TestFromPretrained:
         assert loading._everything_fits(skeleton, {}) is resident
         assert config.dtype == before.dtype, "the caller's configuration is left alone"
 
+    def test_a_relative_name_outlives_the_working_directory(
+        self, folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(folder.parent)
+        model = promoe_triton.from_pretrained(folder.name, slots=2, predictor="none")
+        monkeypatch.chdir("/")
+        assert tokens(model) == expected
+        assert promoe_triton.stats(model).store == f"checkpoint {folder}"
+
     def test_transformers_own_options_pass_through(self, folder: Path) -> None:
         model = promoe_triton.from_pretrained(
             str(folder), slots=3, dtype=torch.bfloat16, attn_implementation="eager", policy="lfru"
