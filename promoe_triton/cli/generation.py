@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+COLDEST = 1e-6
+"""The lowest temperature: scores divided by much less are infinite, and no token is likelier than another."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -32,12 +36,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature:g}")
+        if self.temperature is not None and self.temperature and not COLDEST <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or from {COLDEST:g} to any finite number, got {self.temperature:g}"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be in (0, 1], got {self.top_p:g}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top-k must be at least 1 token, got {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), got {self.seed}")
 
     @property
     def greedy(self) -> bool:
