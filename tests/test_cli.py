@@ -109,8 +109,8 @@ def call_json(*args: str | Path, stdin: str | None = None) -> dict[str, Any]:
     return answer
 
 
-def stock_ids(folder: Path, prompt_ids: list[int], new: int) -> list[int]:
-    stock = AutoModelForCausalLM.from_pretrained(folder)
+def stock_ids(folder: Path, prompt_ids: list[int], new: int, **options: Any) -> list[int]:
+    stock = AutoModelForCausalLM.from_pretrained(folder, **options)
     prompt = torch.tensor([prompt_ids])
     ids: list[int] = stock.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new
@@ -324,7 +324,7 @@ def test_inspect_may_fetch_the_configuration_of_a_hub_id(
 
     monkeypatch.setattr("promoe_triton.loading.AutoConfig.from_pretrained", fetch)
     result = call("inspect", "some-one/tiny-moe")
-    assert asked == [{}]
+    assert asked == [{"trust_remote_code": False}]
     assert result.exit_code == int(offline)
     assert ("no checkpoint here" in result.stdout) is not offline
 

@@ -17,6 +17,7 @@ import promoe_triton
 from promoe_triton.config import Slots, format_size
 from promoe_triton.counters import Stats
 from promoe_triton.errors import PromoeError
+from promoe_triton.loading import refuse_untrusted
 
 logger = logging.getLogger(__name__)
 
@@ -159,15 +160,22 @@ def check_exists(name: str) -> None:
         raise PromoeError(f"there is no {name}: expected a checkpoint folder or a hub id")
 
 
-def load_tokenizer(name: str) -> Any:
-    """Return the model's tokenizer. Raises PromoeError where the folder is missing or has none."""
+TRUST = "Run the model's own code, if it brings any: read it before."
+"""What --trust-remote-code does. It is always given to transformers, which asks on stdin where it is left open."""
+
+
+def load_tokenizer(name: str, trust: bool = False) -> Any:
+    """Return the model's tokenizer. Raises PromoeError where the folder is missing or has none.
+
+    trust: whether code that comes with the model may run.
+    """
     check_exists(name)
     try:
-        if not Path(name).exists():
-            # One clear failure for a hub id that cannot be had, instead of one after the other for each file.
-            AutoConfig.from_pretrained(name)
-        return AutoTokenizer.from_pretrained(name)
+        # One clear failure for what cannot be had or may not run, instead of one after the other for each file.
+        AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     except (OSError, ValueError) as error:
+        refuse_untrusted(name, error)
         raise PromoeError(f"configuration or tokenizer of {name} cannot be loaded: {error}") from error
 
 

@@ -79,16 +79,17 @@ class Needs:
         return {**asdict(self), "layers": self.layers, "all_expert_bytes": self.all_expert_bytes}
 
 
-def model_needs(name: str, dtype: str = "auto") -> Needs:
+def model_needs(name: str, dtype: str = "auto", trust: bool = False) -> Needs:
     """Return the needs of a checkpoint folder, a config.json or a hub id, of which no weights are fetched.
 
+    trust: whether code that comes with the model may run.
     Raises PromoeError where there is no configuration, or the model has no experts that can be patched.
     """
     check_exists(name)
-    configuration = read_configuration(name)
+    configuration = read_configuration(name, {"trust_remote_code": trust})
     if dtype != "auto":
         configuration.dtype = getattr(torch, dtype)
-    model = skeleton_of(name, {"config": configuration})
+    model = skeleton_of(name, {"config": configuration, "trust_remote_code": trust})
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
     layouts = list(found.values())
