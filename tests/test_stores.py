@@ -753,6 +753,18 @@ class TestSpool:
         gc.collect()
         assert not place.exists()
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks in a process with threads, from Python 3.12 on
+    def test_does_not_go_with_a_fork_of_its_user(self, tmp_path: Path) -> None:
+        model: Any = FAMILIES["mixtral"].build()
+        store = spool(*experts_of(model), tmp_path)
+        child = os.fork()
+        if child == 0:
+            del store
+            gc.collect()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert_holds(store, model)
+
     def test_a_full_disk_is_told_beforehand(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
