@@ -68,3 +68,19 @@ def test_assisted(target: Callable[[Any], Any], assistant: Callable[[Any], Any])
     want = generate(build(), prompt=REPEATED)
     got = generate(target(build()), prompt=REPEATED, assistant_model=assistant(build(seed=1)))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3)], ids=["no-tokens", "no-texts"])
+@pytest.mark.parametrize("name", ["inputs", "input_ids", None])
+def test_an_empty_prompt(shape: tuple[int, int], name: str | None) -> None:
+    model, want = patched(build()), generate(build())
+    empty = torch.empty(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"the prompt is empty \(shape \[.*give generate at least one token"):
+        model.generate(**{name: empty}, max_new_tokens=3) if name else model.generate(empty, max_new_tokens=3)
+    assert torch.equal(generate(model), want)
+
+
+def test_other_errors_of_generate_stay_what_they_are() -> None:
+    model = patched(build())
+    with pytest.raises((RuntimeError, IndexError), match="index"):
+        model.generate(torch.tensor([[10**6]]), max_new_tokens=3)
