@@ -129,11 +129,21 @@ def read_configuration(name: str, options: Mapping[str, Any] | None = None) -> P
     try:
         return AutoConfig.from_pretrained(name, **(options or {}))
     except (OSError, ValueError) as error:
+        refuse_untrusted(name, error)
         path = Path(name)
         found = "this is a file" if path.is_file() else "there is no such folder"
         found = "the folder has none that can be read" if path.is_dir() else found
         raise PromoeError(
             f"{name} is no checkpoint: expected a folder with a config.json, or a hub id; {found} ({error})"
+        ) from error
+
+
+def refuse_untrusted(name: str, error: Exception) -> None:
+    """Raise PromoeError where `error` is transformers' refusal to run code that comes with a model."""
+    if "trust_remote_code" in str(error):
+        raise PromoeError(
+            f"{name} brings code of its own, which runs only where it is trusted: read it, then pass "
+            "trust_remote_code=True (--trust-remote-code on the command line)"
         ) from error
 
 

@@ -109,8 +109,8 @@ def call_json(*args: str | Path, stdin: str | None = None) -> dict[str, Any]:
     return answer
 
 
-def stock_ids(folder: Path, prompt_ids: list[int], new: int) -> list[int]:
-    stock = AutoModelForCausalLM.from_pretrained(folder)
+def stock_ids(folder: Path, prompt_ids: list[int], new: int, **options: Any) -> list[int]:
+    stock = AutoModelForCausalLM.from_pretrained(folder, **options)
     prompt = torch.tensor([prompt_ids])
     ids: list[int] = stock.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new
@@ -195,6 +195,12 @@ def test_generate_applies_the_chat_template_only_when_asked(model: Path, tmp_pat
         (("--prompt", "a", "--slots", "nan"), 2, "must be in (0, 1]"),
         (("--prompt", "a", "--max-new-tokens", "0"), 2, "max-new-tokens"),
         (("--prompt", "a", "--temperature", "-1"), 2, "temperature must be 0"),
+        (("--prompt", "a", "--temperature", "nan"), 2, "temperature must be 0"),
+        (("--prompt", "a", "--temperature", "inf"), 2, "temperature must be 0"),
+        (("--prompt", "a", "--temperature", "1e-300"), 2, "temperature must be 0"),  # scores would be infinite
+        (("--prompt", "a", "--seed", "-1"), 2, "seed must be in"),
+        (("--prompt", "a", "--seed", str(2**64)), 2, "seed must be in"),
+        (("--prompt", "a", "--top-p", "nan"), 2, "top-p must be"),
         (("--prompt", "a", "--top-p", "0"), 2, "top-p must be"),
         (("--prompt", "a", "--top-k", "0"), 2, "top-k must be"),
         (("--prompt", "a", "--io", "fast"), 2, "io must be one of"),
@@ -318,7 +324,7 @@ def test_inspect_may_fetch_the_configuration_of_a_hub_id(
 
     monkeypatch.setattr("promoe_triton.loading.AutoConfig.from_pretrained", fetch)
     result = call("inspect", "some-one/tiny-moe")
-    assert asked == [{}]
+    assert asked == [{"trust_remote_code": False}]
     assert result.exit_code == int(offline)
     assert ("no checkpoint here" in result.stdout) is not offline
 
@@ -483,6 +489,8 @@ def test_demo_fails_when_tokens_differ(model: Path, monkeypatch: pytest.MonkeyPa
         (("a", "--expert-mb", "3"), 2, "add --large"),
         (("a", "--large", "--expert-mb", "3", "--gigabytes", "1"), 2, "give one positive size"),
         (("a", "--large", "--gigabytes", "-1"), 2, "give one positive size"),
+        (("a", "--large", "--gigabytes", "nan"), 2, "give one positive size"),
+        (("a", "--large", "--times-ram", "inf"), 2, "give one positive size"),
         (("a", "--large", "--expert-mb", "0.001"), 2, "already; ask for more"),
         (("a", "--large", "--gigabytes", "1e9"), 1, "of disk"),
         (("a", "--model", "nowhere"), 1, "the demo model is missing"),

@@ -96,6 +96,22 @@ def test_inductor() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_follows_patch_and_unpatch() -> None:
+    """Code that was compiled for one of them must not run for another."""
+    model = build()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        want = model(IDS).logits
+        assert torch.equal(compiled(IDS).logits, want)
+        for slots in (5, None, 7):
+            promoe_triton.patch(model, slots=slots, store="spool")
+            assert torch.equal(compiled(IDS).logits, want)
+            assert promoe_triton.stats(model).hits > 0, "it went through the layers of this patch"
+            promoe_triton.unpatch(model)
+            assert torch.equal(compiled(IDS).logits, want)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["breaks-allowed", "fullgraph"])
 @pytest.mark.parametrize("slots", SLOTS)
 def test_training_is_refused_as_without_compilation(slots: str, fullgraph: bool) -> None:

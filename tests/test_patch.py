@@ -571,6 +571,29 @@ class TestUse:
         model = promoe_triton.patch(build(), slots=4, store="spool", lock_timeout=longest, io_timeout=longest)
         assert tokens(model) == expected
 
+    @pytest.mark.parametrize("slots", [4, None], ids=["few", "all"])
+    def test_an_input_on_another_device(self, slots: int | None, expected: list[int]) -> None:
+        model = promoe_triton.patch(build(), slots=slots, store="spool")
+        experts = model.model.layers[0].mlp.experts
+        x_TD = torch.empty(3, 48, device="meta")
+        with pytest.raises(PromoeError, match="slots are in RAM, but their input is on meta; move it to the CPU"):
+            experts(x_TD, torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+        assert tokens(model) == expected
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+    def test_states_of_another_dtype(self, weights: torch.dtype, dtype: torch.dtype) -> None:
+        """What the stock experts make of them: the type of the states is that of the result."""
+        model = build().to(weights)
+        call = (torch.randn(3, 48).to(dtype), torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.rand(3, 2).to(dtype))
+        experts = model.model.layers[0].mlp.experts
+        with torch.no_grad():
+            want = experts(*call)
+            promoe_triton.patch(model, slots=4, store="spool", predictor="none")
+            got = experts(*call)
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
     def test_repr_tells_the_truth(self, patched: Any, tmp_path: Path) -> None:
         (place,) = tmp_path.iterdir()
         text = repr(patched)
@@ -928,6 +951,15 @@ class TestFromPretrained:
         skeleton = loading.skeleton_of(str(folder), {"dtype": dtype, "config": config})
         assert loading._everything_fits(skeleton, torch.device("cpu")) is resident
         assert config.dtype == before.dtype, "the caller's configuration is left alone"
+
+    def test_a_relative_name_outlives_the_working_directory(
+        self, folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(folder.parent)
+        model = promoe_triton.from_pretrained(folder.name, slots=2, predictor="none")
+        monkeypatch.chdir("/")
+        assert tokens(model) == expected
+        assert promoe_triton.stats(model).store == f"checkpoint {folder}"
 
     def test_transformers_own_options_pass_through(self, folder: Path) -> None:
         model = promoe_triton.from_pretrained(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_cli import call, call_json, stock_ids, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 import promoe_triton
@@ -45,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (place / "configuration_own.py").write_text(CONFIGURATION)
     (place / "modeling_own.py").write_text(MODELING)
     config = Qwen3MoeConfig(
-        vocab_size=64,
+        vocab_size=512,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -66,6 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Weights only: saving the configuration would leave out where the code is.
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+    tiny_tokenizer().save_pretrained(place)
     return place
 
 
@@ -85,5 +87,21 @@ def test_a_model_with_its_own_code_runs_from_slots(folder: Path, slots: int) -> 
 
 
 def test_it_has_to_be_trusted(folder: Path) -> None:
-    with pytest.raises((ValueError, promoe_triton.PromoeError), match="trust_remote_code"):
+    with pytest.raises(promoe_triton.PromoeError, match=r"brings code of its own.*trust_remote_code=True"):
         promoe_triton.from_pretrained(str(folder), slots=3, trust_remote_code=False)
+
+
+def test_the_command_runs_it_where_it_is_trusted(folder: Path) -> None:
+    options = ("generate", folder, "--prompt", "a cat", "--slots", "3", "--max-new-tokens", "6", "--trust-remote-code")
+    answer = call_json(*options)
+    assert answer["ids"] == stock_ids(folder, answer["prompt_ids"], 6, trust_remote_code=True)
+    assert call_json("inspect", folder, "--trust-remote-code")["architecture"] == "OwnForCausalLM"
+
+
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("inspect",)], ids=["generate", "inspect"])
+def test_the_command_refuses_it_else_and_asks_nobody(command: tuple[str, ...], folder: Path) -> None:
+    result = call(*command, folder, stdin="y\n" * 9)  # what transformers would take for consent
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(f"error: {folder} brings code of its own")
+    assert "--trust-remote-code" in result.stderr

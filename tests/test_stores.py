@@ -494,6 +494,37 @@ class TestReader:
             assert bytes(memory.view[:3]) == b"new"
         assert set(os.listdir("/proc/self/fd")) == before
 
+    def test_each_of_two_readers_notices_an_exchanged_file(self, file: Path) -> None:
+        """As those of a model and of its copy, over one store: the first to look must not hide it from the second."""
+        unchanged, memory = Unchanged([file]), SlotMemory(1, 5 * PAGE)
+        with FileReader(unchanged, direct=False) as first, FileReader(unchanged, direct=False) as second:
+            for old in ("old", "older"):
+                for reader in (first, second):
+                    reader.read(file, 0, 10, memory.view, 0)
+                content = file.read_bytes()
+                away = file.rename(file.with_suffix(f".{old}"))
+                file.write_bytes(content)
+                first.check(file, 0)
+                away.write_bytes(bytes(len(content)))  # no file of the model's any more
+                second.check(file, 0)
+                for reader in (first, second):
+                    reader.read(file, 0, 10, memory.view, 0)
+                    assert bytes(memory.view[:10]) == content[:10]
+
+    def test_what_stands_in_for_a_file_is_never_read(self, file: Path) -> None:
+        """Exchanged between the look at it and its opening, and back before the next look."""
+        memory = SlotMemory(1, 5 * PAGE)
+        with FileReader(Unchanged([file]), direct=False) as reader:
+            reader.check(file, 0)
+            away = file.rename(file.with_suffix(".away"))
+            file.write_bytes(bytes(away.stat().st_size))
+            with pytest.raises(PromoeError, match=r"f\.bin was exchanged while it was opened; call again"):
+                reader.read(file, 0, 10, memory.view, 0)
+            away.rename(file)
+            reader.check(file, 0)
+            reader.read(file, 0, 10, memory.view, 0)
+            assert bytes(memory.view[:10]) == file.read_bytes()[:10]
+
     def test_short_reads_go_on_where_they_stopped(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         preadv = os.preadv
 
@@ -722,6 +753,18 @@ class TestSpool:
         del store
         gc.collect()
         assert not place.exists()
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks in a process with threads, from Python 3.12 on
+    def test_does_not_go_with_a_fork_of_its_user(self, tmp_path: Path) -> None:
+        model: Any = FAMILIES["mixtral"].build()
+        store = spool(*experts_of(model), tmp_path)
+        child = os.fork()
+        if child == 0:
+            del store
+            gc.collect()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert_holds(store, model)
 
     def test_a_full_disk_is_told_beforehand(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = shutil.disk_usage(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +67,7 @@ def demo(
     sizes = [size for size in (expert_mb, gigabytes, times_ram) if size is not None]
     if (sizes or folder) and not large:
         raise ValueError("--expert-mb, --gigabytes, --times-ram and --dir are options of the large demo: add --large")
-    if len(sizes) > 1 or any(size <= 0 for size in sizes):
+    if len(sizes) > 1 or not all(0 < size < math.inf for size in sizes):
         raise ValueError("give one positive size: --expert-mb, --gigabytes or --times-ram")
 
     runs = model

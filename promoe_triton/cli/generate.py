@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 import promoe_triton
-from promoe_triton.cli.generation import Sampling, check_dtype, encode, load_tokenizer, parse_slots, read_prompt, run
+from promoe_triton.cli.generation import (
+    TRUST,
+    Sampling,
+    check_dtype,
+    encode,
+    load_tokenizer,
+    parse_slots,
+    read_prompt,
+    run,
+)
 from promoe_triton.cli.output import print_json, print_pairs
 from promoe_triton.config import PREDICTORS, Config
 from promoe_triton.policies import POLICIES
@@ -51,6 +60,7 @@ def generate(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    trust: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Continue a prompt (from --prompt, --file or stdin). Greedy unless a sampling option is given.
@@ -69,9 +79,9 @@ def generate(
     if timeline is not None and not timeline.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {timeline.parent} to write a timeline to")
     text = read_prompt(prompt, file)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust)
     ids = encode(tokenizer, text, chat=chat)
-    patched = promoe_triton.from_pretrained(model, config, dtype=dtype)
+    patched = promoe_triton.from_pretrained(model, config, dtype=dtype, trust_remote_code=trust)
     with promoe_triton.record_timeline(patched) if timeline else nullcontext() as spans:
         result = run(patched, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling, stream=not as_json)
     if timeline is not None and spans is not None:

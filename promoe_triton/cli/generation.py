@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,14 @@ import promoe_triton
 from promoe_triton.config import Slots, format_size
 from promoe_triton.counters import Stats
 from promoe_triton.errors import PromoeError
+from promoe_triton.loading import refuse_untrusted
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+COLDEST = 1e-6
+"""The lowest temperature: scores divided by much less are infinite, and no token is likelier than another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +37,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature:g}")
+        if self.temperature is not None and self.temperature and not COLDEST <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or from {COLDEST:g} to any finite number, got {self.temperature:g}"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be in (0, 1], got {self.top_p:g}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top-k must be at least 1 token, got {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), got {self.seed}")
 
     @property
     def greedy(self) -> bool:
@@ -151,15 +160,22 @@ def check_exists(name: str) -> None:
         raise PromoeError(f"there is no {name}: expected a checkpoint folder or a hub id")
 
 
-def load_tokenizer(name: str) -> Any:
-    """Return the model's tokenizer. Raises PromoeError where the folder is missing or has none."""
+TRUST = "Run the model's own code, if it brings any: read it before."
+"""What --trust-remote-code does. It is always given to transformers, which asks on stdin where it is left open."""
+
+
+def load_tokenizer(name: str, trust: bool = False) -> Any:
+    """Return the model's tokenizer. Raises PromoeError where the folder is missing or has none.
+
+    trust: whether code that comes with the model may run.
+    """
     check_exists(name)
     try:
-        if not Path(name).exists():
-            # One clear failure for a hub id that cannot be had, instead of one after the other for each file.
-            AutoConfig.from_pretrained(name)
-        return AutoTokenizer.from_pretrained(name)
+        # One clear failure for what cannot be had or may not run, instead of one after the other for each file.
+        AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     except (OSError, ValueError) as error:
+        refuse_untrusted(name, error)
         raise PromoeError(f"configuration or tokenizer of {name} cannot be loaded: {error}") from error
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from promoe_triton.cli.generation import check_dtype
+from promoe_triton.cli.generation import TRUST, check_dtype
 from promoe_triton.cli.needs import Needs, measure_bandwidth, model_needs
 from promoe_triton.cli.output import print_json, print_note, print_pairs, print_table, working
 from promoe_triton.config import Config, format_size
@@ -22,6 +22,7 @@ def inspect(
     measure: Annotated[
         bool, typer.Option("--measure", help="The same at what this checkpoint's disk gives, measured for two seconds.")
     ] = False,
+    trust: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show a model's experts, their sizes, and the memory that slots take. Works without any weights."""
@@ -30,7 +31,7 @@ def inspect(
         raise ValueError("the bandwidth is given with --bandwidth or measured with --measure, not both")
     limit = Config(bandwidth=bandwidth).limit
     with working(f"Looking at {model}"):
-        needs = model_needs(model, dtype)
+        needs = model_needs(model, dtype, trust)
         rate = measure_bandwidth(model) if measure else limit
     if as_json:
         print_json({**needs.as_dict(), "bandwidth": rate})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.loading import read_configuration, skeleton_of
 from promoe_triton.patch._rest import checkpoint_store, room_for_context
 from promoe_triton.patch._swap import find_experts
-from promoe_triton.predictors.reach import ACTIVE
+from promoe_triton.predictors.reach import find_layers
 from promoe_triton.protocols import round_up
 from promoe_triton.stores.reader import FileReader
 from promoe_triton.stores.resolve import resolve_files
@@ -54,7 +54,7 @@ class Choice:
 class Needs:
     """What a model consists of, in bytes. experts, expert_bytes: per MoE layer, and of one expert there.
 
-    top_k: experts per token, None where nothing names it. store: where the experts rest, or why nowhere.
+    top_k: most experts per token, None where nothing names it. store: where the experts rest, or why nowhere.
     """
 
     architecture: str
@@ -80,16 +80,17 @@ class Needs:
         return {**asdict(self), "layers": self.layers, "all_expert_bytes": self.all_expert_bytes}
 
 
-def model_needs(name: str, dtype: str = "auto") -> Needs:
+def model_needs(name: str, dtype: str = "auto", trust: bool = False) -> Needs:
     """Return the needs of a checkpoint folder, a config.json or a hub id, of which no weights are fetched.
 
+    trust: whether code that comes with the model may run.
     Raises PromoeError where there is no configuration, or the model has no experts that can be patched.
     """
     check_exists(name)
-    configuration = read_configuration(name)
+    configuration = read_configuration(name, {"trust_remote_code": trust})
     if dtype != "auto":
         configuration.dtype = getattr(torch, dtype)
-    model = skeleton_of(name, {"config": configuration})
+    model = skeleton_of(name, {"config": configuration, "trust_remote_code": trust})
     found = find_experts(model)
     modules = [model.get_submodule(path) for path in found]
     layouts = list(found.values())
@@ -106,7 +107,7 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
     total = sum(n * spec.nbytes for n, spec in zip(experts, specs, strict=True))
     dense = sum(parameter.nbytes for parameter in model.parameters()) - total
     context, free = room_for_context(model), available_memory()
-    top_k = experts_per_token(model, list(found))
+    active = active_experts(model, {path: layout.experts for path, layout in found.items()})
     layer_needs = [
         LayerNeed(experts=n, spec=spec, slot_bytes=size)
         for n, spec, size in zip(experts, specs, slot_bytes, strict=True)
@@ -116,27 +117,27 @@ def model_needs(name: str, dtype: str = "auto") -> Needs:
         dtype=", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for spec in specs for t in spec.tensors)),
         experts=experts,
         expert_bytes=tuple(spec.nbytes for spec in specs),
-        top_k=top_k,
+        top_k=None if active is None else max(active),
         dense_bytes=dense,
         context_bytes=context,
         free_bytes=free,
         store=place,
-        choices=tuple(_choice(share, layer_needs, dense + context, free, top_k) for share in HIT_RATIOS),
+        choices=tuple(_choice(share, layer_needs, dense + context, free, active) for share in HIT_RATIOS),
     )
 
 
-def _choice(share: float, needs: Sequence[LayerNeed], beside: int, free: int, top_k: int | None) -> Choice:
+def _choice(share: float, needs: Sequence[LayerNeed], beside: int, free: int, active: Sequence[int] | None) -> Choice:
     total = sum(need.experts * need.slot_bytes for need in needs)
     budget = plan_slots(share, "auto", needs, total)
     memory = budget.nbytes + beside
-    missed = None if top_k is None else (1.0 - HIT_RATIOS[share]) * sum(top_k * need.spec.nbytes for need in needs)
+    used = None if active is None else sum(A * need.spec.nbytes for A, need in zip(active, needs, strict=True))
     return Choice(
         share=share,
         slots=budget.slots,
         slot_bytes=budget.nbytes,
         memory_bytes=memory,
         fits=memory <= free,
-        token_bytes=None if missed is None else round(missed),
+        token_bytes=None if used is None else round((1.0 - HIT_RATIOS[share]) * used),
     )
 
 
@@ -158,12 +159,9 @@ def measure_bandwidth(name: str) -> float:
     return nbytes / taken
 
 
-def experts_per_token(model: Any, paths: Sequence[str]) -> int | None:
-    """Return how many experts a token gets: from the modules beside the experts, else from the configuration."""
-    block = model.get_submodule(paths[0].rpartition(".")[0])
-    for place in [*block.modules(), model.config.get_text_config()]:
-        for name in ACTIVE:
-            value = getattr(place, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    return None
+def active_experts(model: Any, experts: Mapping[str, int]) -> tuple[int, ...] | None:
+    """Return how many experts a token gets in each layer; None where the model does not say."""
+    try:
+        return find_layers(model, experts).active
+    except ValueError:
+        return None

@@ -207,7 +207,7 @@ def parse_shape(text: str) -> LayerShape:
 def shapes_of_model(name: str) -> list[LayerShape]:
     """Return the layers of a model, from its configuration. Raises PromoeError where tiles are not all there is."""
     from promoe_triton.backends.gates import fused_gate
-    from promoe_triton.cli.needs import experts_per_token
+    from promoe_triton.cli.needs import active_experts
     from promoe_triton.kernels.samples import LayerShape
     from promoe_triton.loading import read_configuration, skeleton_of
     from promoe_triton.patch._swap import find_experts
@@ -215,11 +215,11 @@ def shapes_of_model(name: str) -> list[LayerShape]:
     check_exists(name)
     model: Any = skeleton_of(name, {"config": read_configuration(name)})
     found = find_experts(model)
-    A = experts_per_token(model, list(found))
-    if A is None:
+    active = active_experts(model, {path: layout.experts for path, layout in found.items()})
+    if active is None:
         raise PromoeError(f"{name} does not say how many experts a token gets; give its layers with --shape D/F/E/A")
     shapes = []
-    for path, layout in found.items():
+    for A, (path, layout) in zip(active, found.items(), strict=True):
         module = model.get_submodule(path)
         tensors = {tensor.name: tensor.shape for tensor in layout.spec(module).tensors}
         if len(layout.up) != 1 or len(layout.down) != 1:

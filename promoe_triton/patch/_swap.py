@@ -119,7 +119,16 @@ class PatchedGenerator(PatchedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._promoe_runtime.counters.generation():
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            try:
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            except (RuntimeError, IndexError) as error:
+                prompt = next((p for p in (*args, *map(kwargs.get, ("inputs", "input_ids"))) if p is not None), None)
+                if isinstance(prompt, torch.Tensor) and not prompt.numel():
+                    raise ValueError(
+                        f"the prompt is empty (shape {[*prompt.shape]}): give generate at least one token, such as "
+                        "the tokenizer's bos_token"
+                    ) from error
+                raise
 
 
 @functools.cache

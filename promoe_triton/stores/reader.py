@@ -21,6 +21,8 @@ class _Handle:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        status = os.fstat(descriptor)
+        self.identity = (status.st_dev, status.st_ino)
 
     def __del__(self) -> None:
         os.close(self.descriptor)
@@ -45,15 +47,21 @@ class FileReader:
 
     def check(self, file: Path, offset: int) -> None:
         """Raise PromoeError unless `file`, which is read at `offset`, is still the one that was indexed."""
-        if not self._unchanged.check(file, offset):
-            with self._lock:
-                self._handles.pop(file, None)
+        self._unchanged.check(file, offset)
+        # Not by what that returned: whoever asked first was told, and this may be another reader of the same files.
+        with self._lock:
+            handle = self._handles.get(file)
+            if handle is not None and handle.identity != self._unchanged.identity(file):
+                del self._handles[file]
 
     def _open(self, file: Path) -> _Handle:
         with self._lock:
             handle = self._handles.get(file)
             if handle is None:
-                handle = self._handles[file] = _Handle(self._open_anew(file))
+                handle = _Handle(self._open_anew(file))
+                if handle.identity != self._unchanged.identity(file):
+                    raise PromoeError(f"{file} was exchanged while it was opened; call again")
+                self._handles[file] = handle
             return handle
 
     def _open_anew(self, file: Path) -> int:

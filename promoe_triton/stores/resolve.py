@@ -50,4 +50,5 @@ def resolve_files(name: str, **options: Any) -> list[Path]:
 
 def _find(name: str, file: str, options: dict[str, Any]) -> Path | None:
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
-    return Path(found) if found else None
+    # Its name may be relative to a folder that the process leaves while the model still reads from it.
+    return Path(found).absolute() if found else None

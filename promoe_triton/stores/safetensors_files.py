@@ -137,8 +137,13 @@ class Unchanged:
     def files(self) -> Mapping[Path, object]:
         return self._stamps
 
+    def identity(self, file: Path) -> tuple[int, int]:
+        """Return device and inode of the file that was checked last: handles to any other are stale."""
+        stamp = self._stamps[file]
+        return stamp.device, stamp.inode
+
     def check(self, file: Path, offset: int | None = None) -> bool:
-        """Return False where the file was moved or exchanged for an equal one: open handles to it are stale.
+        """Return False where the file was moved or exchanged for an equal one since it was checked last.
 
         offset: of the read that this is for, if there is one; named where nothing tells which bytes differ.
         Raises PromoeError where it is missing, has other contents, or may have.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 import weakref
@@ -70,9 +71,15 @@ def spool(modules: Sequence[nn.Module], layouts: Sequence[ExpertLayout], folder:
                 f"cannot write the spool of {format_size(needed)} to {parent}: {error.strerror}"
             ) from error
         raise
-    weakref.finalize(store, shutil.rmtree, place, ignore_errors=True)
+    weakref.finalize(store, _remove, place, os.getpid())
     logger.warning("the experts now rest in %s (%s); it is removed at exit", place, format_size(needed))
     return store
+
+
+def _remove(place: Path, owner: int) -> None:
+    """Remove a spool, unless this process is a fork of its owner: the owner's weights are nowhere else."""
+    if os.getpid() == owner:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
