@@ -119,7 +119,9 @@ def test_no_part_knows_one_that_stands_above_it(file: Path) -> None:
 def test_only_links_start_threads_and_only_the_reader_reads() -> None:
     for file in PACKAGE.rglob("*.py"):
         place, known = file.relative_to(PACKAGE).as_posix(), imports(file)
-        assert not {"concurrent.futures", "multiprocessing", "asyncio", "_thread"} & known, place
+        # What tunes compiles candidates side by side, and is never run implicitly.
+        if place != "kernels/measuring.py":
+            assert not {"concurrent.futures", "multiprocessing", "asyncio", "_thread"} & known, place
         assert not calls(file, "Thread") or place.startswith("links/"), place
         assert not calls(file, "preadv") or place == "stores/reader.py", place
 
