@@ -24,6 +24,8 @@ class ProMoEExperts(nn.Module):
 
     _promoe: LayerRuntime
     _promoe_name: Tensor
+    _promoe_graph: Callable[..., Tensor] | None
+    _promoe_slots: Tensor
     _ids_by_token = True
 
     def forward(
@@ -35,7 +37,11 @@ class ProMoEExperts(nn.Module):
         if torch.is_grad_enabled():
             self._refuse_training()
         if torch.compiler.is_compiling():
-            y_TD: Tensor = ops.experts(x_TD, expert_ids_TA, weights_TA, self._promoe_name)
+            y_TD: Tensor
+            if self._promoe_graph is not None:
+                y_TD = self._promoe_graph(self, x_TD, expert_ids_TA, weights_TA, self._promoe_slots)
+            else:
+                y_TD = ops.experts(x_TD, expert_ids_TA, weights_TA, self._promoe_name)
             return y_TD
         if torch.is_grad_enabled():
             self._warn_of_gradients(x_TD)

@@ -402,6 +402,13 @@ class LayerKernels(Protocol[C]):
         """Weight the rows, sum them per token and return [T, D] in the input's dtype."""
         ...
 
+    def graph_form(self) -> Callable[..., Tensor] | None:
+        """Return what computes a layer whose parameters are its slots in compiled graphs; None: an opaque operation.
+
+        Called with the experts module, hidden states, ids, weights, and int32 [E]: 0, 1, ... E - 1.
+        """
+        ...
+
 
 class Backend(Protocol):
     """A way of computing: makes the kernels of one layer."""

@@ -1,7 +1,6 @@
 """The Triton backend behind the package's own seams: tiny models of every layout, resident and with few slots.
 
-In Triton's interpreter: slots are in RAM in this version, so on a machine with a GPU, where kernels are compiled, there
-is nothing these tests could run on yet.
+On a GPU where there is one, else in Triton's interpreter with slots in RAM.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import DEVICE
 from torch import Tensor
+from transformers import CompileConfig
 from zoo import FAMILIES, moe_experts
 
 import promoe_triton
@@ -22,12 +23,10 @@ from promoe_triton import PromoeError
 from promoe_triton.backends.choice import make_backend
 from promoe_triton.backends.gates import fused_gate
 from promoe_triton.backends.triton import UNIT, Places, TritonBackend
-from promoe_triton.kernels.checks import IS_INTERPRETED
 from promoe_triton.kernels.twins import error
+from promoe_triton.layer import ProMoEExperts
 from promoe_triton.patch._families import describe
 from promoe_triton.protocols import Part, TensorSpec
-
-pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="slots are in RAM in this version, kernels on the GPU")
 
 LAYOUTS = {
     "mixtral": "silu",  # gate and up in halves
@@ -45,7 +44,9 @@ LAYOUTS = {
     "zaya": "silu",  # skips with weight zero
     "gemma4_text": "gelu_tanh",
 }
+ON_DISK = {"gpt_oss", "dbrx", "jetmoe"}
 SLOTS = 4
+CLOSE = 1e-5
 
 
 def build(name: str) -> Any:
@@ -53,25 +54,32 @@ def build(name: str) -> Any:
     return FAMILIES[name].build()
 
 
+def patched(name: str, **options: Any) -> Any:
+    return promoe_triton.patch(build(name), **({"backend": "triton", "device": DEVICE.type} | options))
+
+
+def given(model: Any, name: str, tokens: int) -> dict[str, Any]:
+    inputs = FAMILIES[name].inputs(model, tokens)
+    return {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
 def output(model: Any, name: str, tokens: int) -> Tensor:
     with torch.no_grad():
-        result: Tensor = model(**FAMILIES[name].inputs(model, tokens))[0]
+        result: Tensor = model(**given(model, name, tokens))[0]
     return result
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name in FAMILIES])
 def test_models(name: str, tmp_path: Path) -> None:
     """A prompt, whose rows are grouped, and two tokens, whose rows are not: as stock, whatever is resident."""
-    stock, prompts = build(name), (7, 2)
+    stock, prompts = build(name).to(DEVICE), (7, 2)
     want = [output(stock, name, tokens) for tokens in prompts]
-    resident = promoe_triton.patch(build(name), backend="triton")
-    whole = [output(resident, name, tokens) for tokens in prompts]
-    assert all(error(got, expected) < 1e-5 for got, expected in zip(whole, want, strict=True))
-    few = promoe_triton.patch(build(name), slots=SLOTS, store="spool", spool_dir=tmp_path, backend="triton")
+    whole = [output(patched(name), name, tokens) for tokens in prompts]
+    assert all(error(got, expected) < CLOSE for got, expected in zip(whole, want, strict=True))
+    few = patched(name, slots=SLOTS, store="spool" if name in ON_DISK else "memory", spool_dir=tmp_path)
     assert all(torch.equal(output(few, name, t), expected) for t, expected in zip(prompts, whole, strict=True))
     assert promoe_triton.stats(few).misses > 0
-    promoe_triton.unpatch(few)
-    assert torch.equal(output(few, name, 2), want[1])
+    assert error(output(promoe_triton.unpatch(few).to(DEVICE), name, 2), want[1]) < CLOSE
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name in FAMILIES])
@@ -93,24 +101,70 @@ def test_a_gate_that_is_none_of_ours_is_not_fused() -> None:
 
 
 def test_generates_the_same_tokens(tmp_path: Path) -> None:
-    stock = build("mixtral")
-    inputs = FAMILIES["mixtral"].inputs(stock, 5)
+    stock = build("mixtral").to(DEVICE)
+    inputs = given(stock, "mixtral", 5)
     want = stock.generate(**inputs, max_new_tokens=3, do_sample=False)
-    model = promoe_triton.patch(build("mixtral"), slots=4, store="spool", spool_dir=tmp_path, backend="triton")
+    model = patched("mixtral", slots=4, store="spool", spool_dir=tmp_path)
     assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), want)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name in FAMILIES and name != "jetmoe"])
+def test_a_resident_layer_in_a_graph(name: str) -> None:
+    """One operation that a graph may capture, where the kernels compute all of it; else the opaque one."""
+    torch._dynamo.reset()
+    model = patched(name)
+    experts: Any = next(module for module in model.modules() if isinstance(module, ProMoEExperts))
+    calls: list[Any] = []
+    handle = experts.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    output(model, name, 5)
+    handle.remove()
+    (args, kwargs), *_ = calls
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        assert torch.equal(
+            torch.compile(experts, fullgraph=True, backend=backend)(*args, **kwargs), experts(*args, **kwargs)
+        )
+    (graph,) = graphs
+    called = {str(node.target) for node in graph.graph.nodes if "promoe_triton" in str(node.target)}
+    fused = LAYOUTS[name] is not None and name != "muse_spark"  # which has a norm between the products
+    assert called == {f"promoe_triton.{'layer' if fused else 'experts'}.default"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("slots", [None, SLOTS], ids=["resident", "few"])
+def test_compiled_generation(slots: int | None, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    stock = build("mixtral").to(DEVICE)
+    inputs = given(stock, "mixtral", 5)
+    want = stock.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model = patched("mixtral", slots=slots, spool_dir=tmp_path)
+    settings = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    settings._compile_all_devices = True
+    options: Any = {"cache_implementation": "static", "compile_config": settings}
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, **options), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def test_half_precision(tmp_path: Path) -> None:
-    stock = build("gpt_oss").bfloat16()
+    stock = build("gpt_oss").bfloat16().to(DEVICE)
     want = output(stock, "gpt_oss", 5)
     model = build("gpt_oss").bfloat16()
-    promoe_triton.patch(model, slots=SLOTS, store="spool", spool_dir=tmp_path, backend="triton")
+    options: Any = {"slots": SLOTS, "store": "spool", "spool_dir": tmp_path, "backend": "triton"}
+    promoe_triton.patch(model, device=DEVICE.type, **options)
     assert error(output(model, "gpt_oss", 5), want) < 2e-2
 
 
 def test_resident_weights_may_be_cast() -> None:
     """Their memory is another then, and nothing may be read from the old."""
-    model = promoe_triton.patch(build("mixtral"), backend="triton")
+    model = patched("mixtral")
     before = output(model, "mixtral", 3)
     model.to(torch.bfloat16)
     assert error(output(model, "mixtral", 3), before) < 3e-2

@@ -181,6 +181,9 @@ class _Placed:
         for column in self.tensors.values():
             column[expert] = None
 
+    def graph_form(self) -> None:
+        """There is none: which rows go together follows from what the host has read."""
+
 
 class Grouped(_Placed):
     """Rounding as in transformers' grouped_mm, the default implementation of nearly all families."""

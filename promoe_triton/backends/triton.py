@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from promoe_triton.backends.gates import fused_gate, own_gate
 from promoe_triton.errors import PromoeError
-from promoe_triton.kernels import tiles
+from promoe_triton.kernels import tiles, whole
 from promoe_triton.kernels.checks import IS_INTERPRETED
 from promoe_triton.kernels.combine import combine
-from promoe_triton.kernels.grouped import grouped_product
+from promoe_triton.kernels.graphs import GraphForm
 from promoe_triton.kernels.pool import Gate, Pool, Projection
-from promoe_triton.kernels.rows import rows_product
-from promoe_triton.kernels.schedule import SMALL, Schedule, schedule
+from promoe_triton.kernels.schedule import Schedule
 from promoe_triton.kernels.tiles import TileTable, table_for, target_of
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.protocols import ExpertSpec, ExpertTensors, LayerKernels, TensorSpec
@@ -189,15 +188,11 @@ class TritonLayer:
         x = x_TD.to(self.dtype)
         x = x if x.stride(-1) == 1 else x.contiguous()
         shape = tiles.Call(T=T, A=A, E=E, dtype=self.dtype)
-        plan = None
-        if not shape.by_rows:
-            plan = schedule(ids_TA, weights_TA, None, experts=E, block=self._tiles(x).block(shape))
         R, N = T * A, sum(self._columns)
         fused = self._gate is not None
         h_RF = x.new_empty((R, self.F if fused else 0))
-        # Few rows cost nothing in single precision; many are read and written twice.
-        precise = R <= SMALL and self._norm is None
-        y_RD = x.new_empty((R, self.D), dtype=torch.float32 if precise else self.dtype)
+        # A norm is to see what it would see in transformers.
+        y_RD = x.new_empty((R, self.D), dtype=self.dtype if self._norm is not None else whole.precision(shape))
         return TritonCall(
             x_TD=x_TD,
             x=x,
@@ -205,7 +200,7 @@ class TritonLayer:
             weights_TA=weights_TA,
             known=E,
             shape=shape,
-            schedule=plan,
+            schedule=whole.plan(ids_TA, weights_TA, shape, self._tiles(x)),
             up_RN=x.new_empty((R, 0 if fused else N)),
             h_RF=h_RF,
             y_RD=y_RD,
@@ -248,6 +243,25 @@ class TritonLayer:
             weighted=self._is_weighted,
         )
 
+    def graph_form(self) -> GraphForm | None:
+        """Return how a resident layer stands in compiled graphs; None where more than the kernels computes it."""
+        layout, gate = self.layout, self._gate
+        if gate is None or self._norm is not None or not layout.down or self._table is not None:
+            return None
+        if any("." in name for name in layout.names):
+            return None
+        kind = " interleaved" if gate.interleaved else " gated" if gate.gated else ""
+        return GraphForm(
+            up=layout.up[0],
+            up_bias=layout.up_bias,
+            down=layout.down[0],
+            down_bias=layout.down_bias,
+            gate=gate.activation + kind,
+            numbers=(gate.alpha, gate.limit),
+            transposed=(layout.up[0] in layout.transposed, layout.down[0] in layout.transposed),
+            identities=layout.identities,
+        )
+
     @property
     def _is_weighted(self) -> bool:
         """Whether the second product multiplies with the routing weights; a norm must come before them."""
@@ -275,16 +289,16 @@ class TritonLayer:
     def _product(
         self, out: Tensor, x: Tensor, call: TritonCall, projection: Projection, wave_E: Tensor | None, up: bool
     ) -> None:
-        shape = tiles.Shape(
-            N=projection.N, K=projection.K, gated=projection.gate.gated, transposed=projection.is_transposed
+        whole.product(
+            out,
+            x,
+            call.ids_TA,
+            call.weights_TA,
+            call.schedule,
+            projection,
+            wave_E,
+            up=up,
+            weighted=not up and self._is_weighted,
+            call=call.shape,
+            table=self._tiles(x),
         )
-        weighted = not up and self._is_weighted
-        table = self._tiles(x)
-        if call.schedule is None:
-            tile = table.rows(call.shape, shape)
-            rows_product(out, x, call.ids_TA, call.weights_TA, projection, wave_E, weighted=weighted, tile=tile)
-        else:
-            tile = table.grouped(call.shape, shape)
-            grouped_product(
-                out, x, call.schedule, call.weights_TA, projection, wave_E, gather=up, weighted=weighted, tile=tile
-            )

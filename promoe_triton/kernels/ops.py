@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from promoe_triton.kernels import combine as combining
-from promoe_triton.kernels import grouped, rows
+from promoe_triton.kernels import grouped, rows, whole
 from promoe_triton.kernels import schedule as scheduling
 from promoe_triton.kernels.pool import Gate, Pool, Projection
 from promoe_triton.kernels.schedule import Schedule, blocks_at_most
-from promoe_triton.kernels.tiles import Tile
+from promoe_triton.kernels.tiles import Tile, table_for, target_of
 
 
 def _pool(data: Tensor | None, slot_of_E: Tensor | None) -> Pool | None:
@@ -124,6 +124,51 @@ def combine(
 ) -> Tensor:
     """See `combine.combine`."""
     return combining.combine(out, row_of, x, ids, weights, experts=experts, identities=identities, weighted=weighted)
+
+
+@torch.library.custom_op("promoe_triton::layer", mutates_args=())
+def layer(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    slots: Tensor,
+    gate: str,
+    numbers: Sequence[float],
+    transposed: Sequence[bool],
+    identities: int,
+) -> Tensor:
+    """See `whole.layer`: everything resident, weights stacked [S, N, K], or [S, K, N] where transposed (up, down).
+
+    Its tiles are those shipped for the device. Nothing in it waits for the device, so graphs may capture it.
+    """
+    up, down = (w.transpose(1, 2) if turned else w for w, turned in zip((up, down), transposed, strict=True))
+    # Weights and slots of the biases are the same.
+    first = _projection(up, slots, up_bias, slots, None, None, gate, numbers)
+    second = _projection(down, slots, down_bias, slots, None, None, "none", numbers)
+    table = table_for(target_of(x.device))
+    return whole.layer(x, ids, weights, first, second, table, identities=identities)
+
+
+@layer.register_fake
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    slots: Tensor,
+    gate: str,
+    numbers: Sequence[float],
+    transposed: Sequence[bool],
+    identities: int,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @schedule.register_fake

@@ -289,6 +289,9 @@ def install(
         module._promoe = layer  # type: ignore[assignment]
         module.__class__ = patched_class(type(module))  # type: ignore[arg-type]
         module.register_buffer("_promoe_name", ops.register(module), persistent=False)
+        module._promoe_graph = layer.kernels.graph_form() if isinstance(store, ResidentStore) else None  # type: ignore[assignment]
+        slots = torch.arange(layer.layout.experts, dtype=torch.int32, device=device)
+        module.register_buffer("_promoe_slots", slots, persistent=False)
     model._promoe_runtime = runtime  # type: ignore[assignment]
     model.__class__ = _model_class(type(model))  # type: ignore[arg-type]
     try:
@@ -371,7 +374,7 @@ def unpatch(model: Model) -> Model:
                 parameter = _original(runtime, index, name, owner._parameters[leaf])
                 parameter.data = tensor
                 owner._parameters[leaf] = parameter
-        del module._promoe, module._promoe_name
+        del module._promoe, module._promoe_name, module._promoe_graph, module._promoe_slots
         module.__class__ = type(module).__bases__[1]
     del model._promoe_runtime
     model.__class__ = type(model).__bases__[1]

@@ -1,0 +1,75 @@
+"""y = sum over a of weight_a * (gate(x W_up^T + b_up) W_down^T + b_down): one call from its rows to its sum.
+
+Which kernel computes a product, and with which tile, follows from the shape of the whole call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from promoe_triton.kernels.combine import combine
+from promoe_triton.kernels.grouped import grouped_product
+from promoe_triton.kernels.pool import Projection
+from promoe_triton.kernels.rows import rows_product
+from promoe_triton.kernels.schedule import SMALL, Schedule, schedule
+from promoe_triton.kernels.tiles import Call, Shape, TileTable
+
+
+def plan(ids_TA: Tensor, weights_TA: Tensor, call: Call, table: TileTable) -> Schedule | None:
+    """Group the rows of a call by expert; None where they are computed one after the other."""
+    if call.by_rows:
+        return None
+    return schedule(ids_TA, weights_TA, None, experts=call.E, block=table.block(call))
+
+
+def precision(call: Call) -> torch.dtype:
+    """Return the type of the second product's rows: few cost nothing in fp32, many are written and read again."""
+    return torch.float32 if call.T * call.A <= SMALL else call.dtype
+
+
+def product(
+    out: Tensor,
+    x: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    rows: Schedule | None,
+    projection: Projection,
+    wave_E: Tensor | None,
+    *,
+    up: bool,
+    weighted: bool,
+    call: Call,
+    table: TileTable,
+) -> None:
+    """Compute a product of the experts of one wave (None: of all). rows: as `plan` has grouped them."""
+    gated = projection.gate.gated
+    shape = Shape(N=projection.N, K=projection.K, gated=gated, transposed=projection.is_transposed)
+    if rows is None:
+        tile = table.rows(call, shape)
+        rows_product(out, x, ids_TA, weights_TA, projection, wave_E, weighted=weighted, tile=tile)
+    else:
+        tile = table.grouped(call, shape)
+        grouped_product(out, x, rows, weights_TA, projection, wave_E, gather=up, weighted=weighted, tile=tile)
+
+
+def layer(
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    up: Projection,
+    down: Projection,
+    table: TileTable,
+    *,
+    identities: int = 0,
+) -> Tensor:
+    """Compute a layer whose experts are all resident, in the type of x_TD, which is that of the weights."""
+    T, A = ids_TA.shape
+    call = Call(T=T, A=A, E=up.experts, dtype=x_TD.dtype)
+    rows = plan(ids_TA, weights_TA, call, table)
+    h_RF = x_TD.new_empty((T * A, up.N))
+    y_RD = x_TD.new_empty((T * A, down.N), dtype=precision(call))
+    product(h_RF, x_TD, ids_TA, weights_TA, rows, up, None, up=True, weighted=False, call=call, table=table)
+    product(y_RD, h_RF, ids_TA, weights_TA, rows, down, None, up=False, weighted=True, call=call, table=table)
+    order_R = None if rows is None else rows.row_of_R
+    return combine(y_RD, order_R, x_TD, ids_TA, weights_TA, experts=up.experts, identities=identities, weighted=True)
