@@ -88,6 +88,7 @@ class Config:
         (``"chunks"``, ``"preemption"``, ``"reorder"``). For measuring; the output is always the same.
     backend: what computes: ``"torch"``, ``"triton"`` (kernels for GPUs; with slots in RAM only in Triton's
         interpreter, for tests), ``"auto"``: Triton on a GPU, torch elsewhere.
+    tiles: a table of tiles for the kernels in place of the shipped one, as `promoe-triton tune` writes it.
     io_timeout: seconds without progress after which a read is given up with an error.
     lock_timeout: seconds a forward waits for another thread's forward through the same layer.
     """
@@ -111,6 +112,7 @@ class Config:
     width: int | None = None
     ablation: str = "all"
     backend: BackendName = "auto"
+    tiles: Path | str | None = None
     io_timeout: float = 60.0
     lock_timeout: float = 600.0
 

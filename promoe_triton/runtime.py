@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -220,7 +221,7 @@ class ModelRuntime:
         self.device = device
         self.store = store
         self.budget = budget
-        self.backend = make_backend(config.backend, device)
+        self.backend = make_backend(config.backend, device, Path(config.tiles) if config.tiles else None)
         self.popularity = popularity
         self.home = device
         self.originals: list[dict[str, nn.Parameter]] = []
@@ -338,12 +339,24 @@ class ModelRuntime:
 
     def enter(self, layer: int) -> None:
         """Let one forward in at a time; raise PromoeError when another stays inside too long."""
+        self._acquire()
+        self.counters.enter(layer)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads' forwards out of the layers meanwhile; wait for the one that is inside."""
+        try:
+            self._acquire()
+            yield
+        finally:
+            self.release()
+
+    def _acquire(self) -> None:
         if not (self._lock.acquire(blocking=False) or self._lock.acquire(timeout=self.config.lock_timeout)):
             raise PromoeError(
                 f"waited {self.config.lock_timeout:g} s for another thread's forward through this model; "
                 "raise lock_timeout, or patch a copy of the model per thread"
             )
-        self.counters.enter(layer)
 
     def leave(self, layer: int, tokens: int) -> None:
         """Note that a layer is done with so many tokens."""

@@ -666,6 +666,34 @@ class TestStalls:
         assert torch.equal(results[0], want)
         assert torch.equal(logits(model), want)
 
+    def test_unpatching_waits_for_a_forward_that_is_inside(self, folder: Path, disk: Disk, want: Tensor) -> None:
+        model = load(folder, lock_timeout=0.1)
+        inside, answer = threading.Event(), threading.Event()
+
+        def hold(read: int) -> None:
+            inside.set()
+            answer.wait(10)
+
+        disk.arm(hold)
+        errors: list[str] = []
+
+        def forward() -> None:
+            try:
+                logits(model)
+            except PromoeError as error:
+                errors.append(str(error))
+
+        other = threading.Thread(target=forward)
+        other.start()
+        inside.wait(10)
+        with pytest.raises(PromoeError, match=r"waited 0\.1 s for another thread's forward"):
+            promoe_triton.unpatch(model)
+        answer.set()
+        other.join()
+        assert not errors
+        disk.heal()
+        assert torch.equal(logits(promoe_triton.unpatch(model)), want)
+
 
 class TestInterruptions:
     def test_ctrl_c_in_the_middle_of_generate(self, folder: Path, disk: Disk, wanted_tokens: list[int]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,16 @@ def check_runs_on(device: torch.device) -> None:
             "backend='triton' computes on a GPU, but slots are in RAM; use backend='torch' (or, for tests, set "
             "TRITON_INTERPRET=1 before the package is imported)"
         )
+
+
+def own_table(device: torch.device, file: Path) -> TileTable:
+    """Return a device's tiles from a person's own file. Raises PromoeError where it has none."""
+    try:
+        return table_for(target_of(device), file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PromoeError(
+            f"{file} is no table of tiles for {device} (promoe-triton tune writes one): {error}"
+        ) from error
 
 
 class Places:

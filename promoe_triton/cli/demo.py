@@ -57,7 +57,7 @@ def demo(
 
     Its greedy tokens are compared with those of stock transformers, which runs in a second process.
     """
-    config = Config(slots=parse_slots(slots), io=io)  # type: ignore[arg-type]  # Config checks io
+    config = Config(slots=parse_slots(slots), device="cpu", io=io)  # type: ignore[arg-type]  # Config checks io
     sampling = Sampling(temperature=temperature, seed=seed)
     check_text(prompt, "the prompt")
     if not prompt.strip():

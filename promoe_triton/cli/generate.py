@@ -38,6 +38,7 @@ def generate(
             show_default="what fits",
         ),
     ] = None,
+    device: Annotated[str, typer.Option(help="Where the slots are: auto (a GPU if there is one), cuda, cpu.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens with this sum.")] = None,
@@ -69,6 +70,7 @@ def generate(
     """
     config = Config(
         slots=parse_slots(slots),
+        device=device,
         io=io,  # type: ignore[arg-type]  # Config checks it
         policy=policy,
         predictor=predictor,

@@ -213,6 +213,7 @@ def run(
     filling = promoe_triton.stats(model).bytes_read
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
+    prompt = prompt.to(model.device)
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import CompileConfig
 
 from promoe_triton import ops
 from promoe_triton.budget import Budget, LayerNeed, free_memory, plan_slots
@@ -41,6 +43,8 @@ from promoe_triton.runtime import ModelRuntime
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore, ResidentStore
 from promoe_triton.timeline import Timeline
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -118,6 +122,7 @@ class PatchedGenerator(PatchedModel):
     """A patched model with `generate`, which is timed."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= self._compile_options(kwargs)
         with self._promoe_runtime.counters.generation():
             try:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -129,6 +134,21 @@ class PatchedGenerator(PatchedModel):
                         "the tokenizer's bos_token"
                     ) from error
                 raise
+
+    def _compile_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return how to compile on a GPU where transformers will and nobody has said how: without captured graphs.
+
+        That those hold what a layer does on the host has not been proved on a GPU yet.
+        """
+        config: Any = given.get("generation_config") or getattr(self, "generation_config", None)
+        if self._promoe_runtime.device.type != "cuda" or config is None:
+            return {}
+        cache = given.get("cache_implementation") or config.cache_implementation
+        compiles = cache is not None or getattr(given.get("past_key_values"), "is_compileable", False)
+        if not compiles or "compile_config" in given or config.compile_config is not None:
+            return {}
+        logger.info("generate compiles with mode='default', not 'reduce-overhead'; pass a compile_config to choose")
+        return {"compile_config": CompileConfig(mode="default")}
 
 
 @functools.cache
@@ -356,6 +376,12 @@ def unpatch(model: Model) -> Model:
     needed, and the model stays patched and usable.
     """
     runtime = _runtime(model)
+    with runtime.alone():
+        _put_back(model, runtime)
+    return model
+
+
+def _put_back(model: nn.Module, runtime: ModelRuntime) -> None:
     if runtime.link is not None:
         # All of them, beside the slots: those are kept until every weight has been read, so that a fault harms nothing.
         runtime.check_read_back("putting the weights back")
@@ -380,7 +406,6 @@ def unpatch(model: Model) -> Model:
     model.__class__ = type(model).__bases__[1]
     if runtime.home != runtime.device:
         move_dense(model, runtime.home)
-    return model
 
 
 def _original(runtime: ModelRuntime, index: int, name: str, meta: nn.Parameter | None) -> nn.Parameter:
