@@ -34,17 +34,18 @@ demo: $(INSTALLED)  ## Run the packaged model from disk: make demo PROMPT="..." 
 demo-large: $(INSTALLED)  ## The same model with experts of 9.4 MB; ARGS="--times-ram 1.25": larger than the RAM
 	@$(VENV)/bin/promoe-triton demo --large $(ARGS) $${DEMO_PROMPT+-- "$$DEMO_PROMPT"}
 
+# Without a GPU, also where there is one: what is tested and measured here is the way over RAM.
 test: $(INSTALLED)  ## Run the tests that are not marked slow
-	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(INSTALLED)  ## Run the tests marked slow
-	$(PYTHON) -m pytest -m slow $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -m slow $(ARGS)
 
 test-gpu: $(GPU_READY)  ## Run the kernels' tests on the GPU; PYTHON=python3 to use a Python that has torch
 	$(PYTHON) -m pytest -W ignore::pytest.PytestConfigWarning -m "gpu or not slow" $(wildcard tests/test_kernels*.py tests/test_gpu*.py) $(ARGS)
 
 families: $(INSTALLED)  ## Run every MoE family and write the README's table of them
-	$(PYTHON) -m pytest tests/test_families.py --families-report tests/families.json
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest tests/test_families.py --families-report tests/families.json
 	PYTHONPATH=tests $(PYTHON) tests/families_table.py
 
 check: $(INSTALLED)  ## Check format, style and types
@@ -53,7 +54,7 @@ check: $(INSTALLED)  ## Check format, style and types
 	$(VENV)/bin/mypy
 
 bench: $(BENCH_INSTALLED)  ## Measure on this machine; results go to bench/results
-	$(PYTHON) bench/run.py $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(PYTHON) bench/run.py $(ARGS)
 
 bench-kernels: $(GPU_READY)  ## Measure the kernels on the GPU: make bench-kernels PYTHON=python3 OUT=folder ARGS="--minutes 8"
 	$(PYTHON) bench/gpu/run.py $(if $(OUT),--out $(OUT)) $(ARGS)
