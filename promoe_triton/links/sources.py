@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from promoe_triton.config import format_size
 from promoe_triton.links.streams import Release, Streams
 from promoe_triton.memory import SlotMemory
-from promoe_triton.protocols import PAGE, Transfer
+from promoe_triton.protocols import PAGE, Transfer, round_up
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore
 from promoe_triton.stores.image import Extent, SlotImage
@@ -71,7 +73,7 @@ class Rings:
         memory: SlotMemory | None = getattr(self._here, "memory", None)
         if memory is None or memory.slot_bytes < nbytes:
             memory = self._here.memory = SlotMemory(1, nbytes)
-            release = self._streams.pin(memory.slot(0))
+            release = self._streams.pin(memory.slot(0).data_ptr(), memory.slot_bytes)
             if release is not None:
                 self._taken.append((memory, release))  # the memory must outlive its registration
         return memory
@@ -82,6 +84,19 @@ class Rings:
             release()
 
 
+def _pages(tensors: Iterable[Tensor]) -> list[range]:
+    """Return the pages on which tensors lie, as ranges of addresses that have none in common."""
+    parts: list[range] = []
+    for tensor in sorted(tensors, key=Tensor.data_ptr):
+        begin = tensor.data_ptr() // PAGE * PAGE
+        end = round_up(tensor.data_ptr() + tensor.nbytes)
+        if parts and begin < parts[-1].stop:
+            parts[-1] = range(parts[-1].start, max(end, parts[-1].stop))
+        else:
+            parts.append(range(begin, end))
+    return parts
+
+
 class HostSource:
     """Experts at rest in the host's memory, which is registered with the device: copied from where they rest."""
 
@@ -89,18 +104,19 @@ class HostSource:
         self._store = store
         self._rings = Rings(streams)
         self._releases: list[Release] = []
-        self._pinned: set[int] = set()
-        tensors = store.tensors()
-        for tensor in transformers_logging.tqdm(tensors, desc="Registering experts with the device", leave=False):
-            release = streams.pin(tensor)
-            if release is not None:
-                self._pinned.add(tensor.data_ptr())
+        self._unpinned: list[range] = []
+        pages = _pages(store.tensors())
+        for part in transformers_logging.tqdm(pages, desc="Registering experts with the device", leave=False):
+            release = streams.pin(part.start, len(part))
+            if release is None:
+                self._unpinned.append(part)
+            else:
                 self._releases.append(release)
-        if len(self._pinned) < len(tensors):
+        if self._unpinned:
             logger.warning(
-                "%d of %d tensors of experts could not be registered with the device, and are copied on their way",
-                len(tensors) - len(self._pinned),
-                len(tensors),
+                "%s of %s of experts could not be registered with the device, and are copied on their way",
+                format_size(sum(map(len, self._unpinned))),
+                format_size(sum(map(len, pages))),
             )
 
     def image(self, transfer: Transfer) -> SlotImage:
@@ -112,7 +128,7 @@ class HostSource:
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
         name = self.image(transfer).tensors[index].spec.name
         data = self._store.bytes_of(transfer.key, name)[skip : skip + nbytes]
-        if self._store.address(transfer.key.layer, name) in self._pinned:
+        if not any(data.data_ptr() in part for part in self._unpinned):
             return data
         return self._rings.room(nbytes).slot(0)[:nbytes].copy_(data)
 
@@ -128,7 +144,6 @@ class HostSource:
     def close(self) -> None:
         while self._releases:
             self._releases.pop()()
-        self._pinned.clear()
         self._rings.close()
 
 

@@ -5,14 +5,12 @@ Only `links/` makes streams. The computing thread's stream is whatever is curren
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 Release = Callable[[], None]
 
@@ -44,8 +42,11 @@ class Streams(Protocol):
         """Return a new lane for the calling thread."""
         ...
 
-    def pin(self, tensor: Tensor) -> Release | None:
-        """Let the device read this host memory by itself, until the returned call; None where it cannot be."""
+    def pin(self, address: int, nbytes: int) -> Release | None:
+        """Let the device read whole pages of the host's memory by itself, until the returned call.
+
+        None where that cannot be. No page may be pinned twice.
+        """
         ...
 
 
@@ -78,10 +79,12 @@ class CudaStreams:
     def lane(self) -> Lane:
         return CudaLane(self._device)
 
-    def pin(self, tensor: Tensor) -> Release | None:
+    def pin(self, address: int, nbytes: int) -> Release | None:
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        address = tensor.data_ptr()
-        if int(runtime.cudaHostRegister(address, tensor.nbytes, 0)):
+        if int(runtime.cudaHostRegister(address, nbytes, 0)):
+            # The runtime keeps the error for whoever asks next, which would be an innocent kernel.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self._device)
             return None
         return lambda: runtime.cudaHostUnregister(address)
 
@@ -106,7 +109,7 @@ class HostStreams:
     def lane(self) -> Lane:
         return HostLane()
 
-    def pin(self, tensor: Tensor) -> Release | None:
+    def pin(self, address: int, nbytes: int) -> Release | None:
         return lambda: None
 
 

@@ -206,7 +206,7 @@ def _corrections(module: nn.Module, G: int) -> list[Tensor]:
         first, _, rest = name.partition(".")
         of_experts = rest and first.endswith("experts")
         if name.endswith("bias") and name != "bias" and not of_experts and 1 < tensor.numel() <= G:
-            found.append(tensor.detach().float().reshape(-1))
+            found.append(tensor.detach().float().cpu().reshape(-1))
     return found
 
 

@@ -67,10 +67,6 @@ class HostStore:
         """Return all stacked parameters, those that layers share once."""
         return list({t.data_ptr(): t for layer in self._tensors for t in layer.values()}.values())
 
-    def address(self, layer: int, name: str) -> int:
-        """Return where a stacked parameter begins."""
-        return self._tensors[layer][name].data_ptr()
-
     def bytes_of(self, key: ExpertKey, name: str) -> Tensor:
         """Return the bytes of one of an expert's tensors, uint8, a view."""
         cut = self._layouts[key.layer].cut(self._tensors[key.layer][name], key.expert)
