@@ -25,7 +25,7 @@ from promoe_triton.kernels.combine import combine
 from promoe_triton.kernels.grouped import grouped_product
 from promoe_triton.kernels.pool import Gate, Pool, Projection
 from promoe_triton.kernels.rows import rows_product
-from promoe_triton.kernels.schedule import SMALL, Schedule, schedule
+from promoe_triton.kernels.schedule import Schedule, schedule
 from promoe_triton.kernels.tiles import TileTable, table_for, target_of
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.protocols import ExpertSpec, ExpertTensors, LayerKernels, TensorSpec
@@ -179,9 +179,8 @@ class TritonLayer:
         R, N = T * A, sum(self._columns)
         fused = self._gate is not None
         h_RF = x.new_empty((R, self.F if fused else 0))
-        # Few rows cost nothing in single precision; many are read and written twice.
-        precise = R <= SMALL and self._norm is None
-        y_RD = x.new_empty((R, self.D), dtype=torch.float32 if precise else self.dtype)
+        # A norm takes its rows in the layer's own type.
+        y_RD = x.new_empty((R, self.D), dtype=shape.sum_dtype if self._norm is None else self.dtype)
         return TritonCall(
             x_TD=x_TD,
             x=x,
