@@ -114,17 +114,25 @@ def schedule_small_kernel(
     HAS_RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Grid: 1. Compares all pairs with all, so that nothing has to be counted first."""
     r = tl.arange(0, SIZE)
     e = load_pairs(ids_ptr, weights_ptr, r, R, E)
     used = e < E
     key = key_of(e, rank_ptr, E, HAS_RANK)
-    before = r[None, :] < r[:, None]
-    same = key[None, :] == key[:, None]
-    row = tl.sum(((key[None, :] < key[:, None]) | (same & before)).to(tl.int32), 1)
-    within = tl.sum((same & before).to(tl.int32), 1)
-    count = tl.sum(same.to(tl.int32), 1)
+    row = tl.zeros([SIZE], tl.int32)
+    within = row
+    count = row
+    # In steps, as all with all at once does not fit the registers.
+    for first in range(0, SIZE, STEP):
+        other = first + tl.arange(0, STEP)
+        others = key_of(load_pairs(ids_ptr, weights_ptr, other, R, E), rank_ptr, E, HAS_RANK)
+        same = others[None, :] == key[:, None]
+        twin = same & (other[None, :] < r[:, None])
+        row += tl.sum(((others[None, :] < key[:, None]) | twin).to(tl.int32), 1)
+        within += tl.sum(twin.to(tl.int32), 1)
+        count += tl.sum(same.to(tl.int32), 1)
     tl.store(order_ptr + row, r, mask=used)
     tl.store(row_ptr + r, tl.where(used, row, -1), mask=r < R)
     opens = (used & (within % BLOCK == 0)).to(tl.int32)
@@ -239,7 +247,17 @@ def schedule(
     if small >= R:
         size = triton.next_power_of_2(max(R, 16))
         schedule_small_kernel[(1,)](
-            *rows, *blocks, ids_TA, weights_TA, rank, R, **known, SIZE=size, num_warps=8, **CONTRACTION
+            *rows,
+            *blocks,
+            ids_TA,
+            weights_TA,
+            rank,
+            R,
+            **known,
+            SIZE=size,
+            STEP=min(size, 64),
+            num_warps=16,
+            **CONTRACTION,
         )
         return result
     C = triton.cdiv(R, CHUNK)
@@ -248,11 +266,11 @@ def schedule(
     block_E = min(triton.next_power_of_2(E), 64)
     block_C = min(triton.next_power_of_2(C), 1024)
     count_kernel[(C,)](
-        count_EC, total_E, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, BLOCK_E=block_E, num_warps=4, **CONTRACTION
+        count_EC, total_E, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, BLOCK_E=block_E, num_warps=8, **CONTRACTION
     )
     size_E = triton.next_power_of_2(E)
     begin_kernel[(E,)](
         count_EC, total_E, *blocks, rank, C, **known, SIZE_E=size_E, BLOCK_C=block_C, num_warps=4, **CONTRACTION
     )
-    scatter_kernel[(C,)](*rows, count_EC, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, num_warps=8, **CONTRACTION)
+    scatter_kernel[(C,)](*rows, count_EC, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, num_warps=16, **CONTRACTION)
     return result
