@@ -33,7 +33,7 @@ from promoe_triton.kernels.compiled import Compiled, Request, compile_request, r
 from promoe_triton.kernels.devices import devices, work
 from promoe_triton.kernels.launches import Launch, Layer, launches
 from promoe_triton.kernels.rules import RULES, Facts, Verdict, judge, occupancy
-from promoe_triton.kernels.tiles import table_for
+from promoe_triton.kernels.tiles import TABLE, table_for
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "compiled"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -71,7 +71,9 @@ class Row:
         form = self.request.kernel.rpartition(":")[2].removesuffix("_kernel")
         dtype = dict(self.request.signature).get("x_ptr", "").removeprefix("*")
         if launch.tile is None:
-            return f"{form} {dtype}".strip()
+            names = ("E", "A", "D", "BLOCK", "SIZE", "BLOCK_C")
+            sizes = [f"{name}={self._constant(name)}" for name in names if name in self.request.names]
+            return " ".join(filter(None, (form, dtype, *sizes)))
         kind = {(1, 0): "halves", (1, 1): "turns"}.get(
             (self._constant("IS_GATED"), self._constant("IS_INTERLEAVED")), ""
         )
@@ -94,11 +96,11 @@ class Row:
         return int(self.request.names[name])
 
 
-def wanted(targets: Sequence[str]) -> dict[Request, list[Use]]:
-    """Return every kernel that the shapes launch on these targets, each once."""
+def wanted(targets: Sequence[str], tiles: Path) -> dict[Request, list[Use]]:
+    """Return every kernel that the shapes launch on these targets with these tiles, each once."""
     found: dict[Request, list[Use]] = {}
     for target in targets:
-        table = table_for(target)
+        table = table_for(target, tiles)
         for layer in shapes.LAYERS:
             for waves in (False, True) if layer == shapes.WAVES else (False,):
                 for T in shapes.TOKENS:
@@ -174,11 +176,8 @@ def row(one: Request, uses: list[Use], result: dict[str, Any]) -> Row:
 
 
 def counts(compiled: Compiled) -> str:
-    shown = {"cp.async": ""}
-    named = [
-        f"{shown.get(name, name)} {count}" for name, count in compiled.counts.items() if count and name not in shown
-    ]
-    return ", ".join(named)
+    shown = {name: count for name, count in compiled.counts.items() if count and name != "cp.async"}
+    return ", ".join(f"{name} x{count}" for name, count in shown.items())
 
 
 def print_kernels(rows: Sequence[Row]) -> None:
@@ -252,6 +251,7 @@ def as_json(rows: Sequence[Row], targets: Sequence[str]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS, help="compile for these")
+    parser.add_argument("--table", type=Path, default=TABLE, help="tiles to judge (default: the shipped ones)")
     parser.add_argument("--sample", type=float, default=1.0, help="compile only this share of the kernels (0.1)")
     parser.add_argument("--seed", type=int, default=0, help="which ones --sample takes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -270,7 +270,7 @@ def main() -> None:
         # What Triton keeps of a kernel is large and not needed twice; ours is a few numbers.
         os.environ["TRITON_CACHE_DIR"] = scratch
     try:
-        found = wanted(args.target)
+        found = wanted(args.target, args.table)
         requests = list(found) if args.sample == 1 else sample(list(found), args.sample, args.seed)
         done = results(requests, args.cache)
     finally:

@@ -124,7 +124,7 @@ def _pipeline(facts: Facts) -> str:
     step += facts.transfers(facts.weight_rows, facts.weight_size) * facts.weight_loads
     if not facts.device.is_nvidia:
         # Loads go through registers here: one step is loaded while the last one is computed.
-        found, expected = counts["load 16"], step
+        found, expected = counts.get("load 16", 0), step
         return "" if found >= expected else f"{expected} 16-byte loads expected, got {found}"
     if counts["tma"]:
         return ""
@@ -143,7 +143,7 @@ def _wide_loads(facts: Facts) -> str:
     steps = [columns for columns in (depth if depth <= K else 0, K % depth) if columns]
     of_all = sum(facts.transfers(facts.weight_rows, facts.weight_size, columns) for columns in steps)
     expected = of_all * facts.weight_loads
-    found = counts["load 16"]
+    found = counts.get("load 16", 0)
     return "" if found >= expected else f"{expected} 128-bit loads of weights expected, got {found}"
 
 
