@@ -45,9 +45,8 @@ def test_a_tenth_of_all_kernels() -> None:
 
 def test_a_sample_is_the_same_every_time_and_compiled_once(tmp_path: Path) -> None:
     options = ("--json", "--target", "gfx942", "--sample", "0.01", "--cache", str(tmp_path))
-    first, second, other = run(COMMAND, *options), run(COMMAND, *options), run(COMMAND, *options, "--seed", "1")
+    first, second = run(COMMAND, *options), run(COMMAND, *options)
     assert first.stdout == second.stdout
-    assert first.stdout != other.stdout
     assert "compiled 3 of 3" in first.stderr
     assert "compiled 3 of 3" not in second.stderr
 
@@ -57,7 +56,7 @@ def test_a_bad_table_is_refused_by_kernel_tile_target_and_rule(tmp_path: Path) -
     for tile in table["targets"]["gfx942"]["16"]["grouped"].values():
         tile["stages"], tile["depth"] = 4, 128
     (tmp_path / "tiles.json").write_text(json.dumps(table))
-    options = ("--target", "gfx942", "--sample", "0.2", "--cache", str(tmp_path / "cache"))
+    options = ("--target", "gfx942", "--sample", "0.05", "--cache", str(tmp_path / "cache"))
     done = run(COMMAND, *options, "--table", str(tmp_path / "tiles.json"))
     assert done.returncode == 1
     broken = [line for line in done.stderr.splitlines() if line.startswith("BROKEN gfx942: grouped")]
@@ -67,7 +66,8 @@ def test_a_bad_table_is_refused_by_kernel_tile_target_and_rule(tmp_path: Path) -
 def test_kernels_that_break_rules() -> None:
     done = run(TESTS / "compile_cases.py")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    report = json.loads(done.stdout)
+    found = report["broken"]
     assert found.pop("shipped") == {}
     expected = {
         "masked on sm_80": "pipeline",
@@ -80,6 +80,8 @@ def test_kernels_that_break_rules() -> None:
     }
     assert found.keys() == expected.keys()
     assert not [case for case, rule in expected.items() if rule not in found[case]], found
+    # The alignment of what lies in a schedule follows from the number of tokens, and must compile nothing again.
+    assert set(report["versions"].values()) == {1}, report["versions"]
 
 
 def request(target: str, form: str, dtype: str = "bf16", **constants: Any) -> Request:

@@ -6,6 +6,7 @@ assembler text for AMD: a count says that a loop has such an instruction, not ho
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import re
@@ -107,16 +108,22 @@ def _kernel(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+@functools.cache
 def _own_source() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
+@functools.cache
+def _binder(kernel: str, target: str) -> Any:
+    """Return what sorts a kernel's arguments and looks at their values."""
+    jit = _kernel(kernel)
+    return create_function_from_signature(jit.signature, jit.params, make_backend(gpu_target(target)))
+
+
 def request(launch: Launch, target: str) -> Request:
     """Return what Triton would compile for a launch on a target, by its own rules of specialisation."""
-    kernel = _kernel(launch.kernel)
-    backend = make_backend(gpu_target(target))
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*launch.args, **launch.options)
+    kernel, backend = _kernel(launch.kernel), make_backend(gpu_target(target))
+    bound, specialization, options = _binder(launch.kernel, target)(*launch.args, **launch.options)
     _, signature, constants, attributes = kernel._pack_args(
         backend, dict(launch.options), bound, specialization, options
     )

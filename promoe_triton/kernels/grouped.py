@@ -279,7 +279,7 @@ def grouped_product(
         schedule.end_of_B,
         schedule.blocks,
         weights_TA,
-        wave_E if wave_E is not None else schedule.blocks,
+        wave_E if wave_E is not None else schedule.packed,
         *weight.tensors,
         *weight.data.stride(),
         *bias.tensors,
