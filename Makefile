@@ -20,11 +20,11 @@ endif
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-large test test-slow test-gpu families check bench bench-kernels figures clean
+.PHONY: help install demo demo-large test test-slow test-gpu families check check-compile bench bench-kernels figures clean
 
 help:  ## List the verbs
 	@echo 'make <verb>'
-	@sed -n 's/^\([a-z-]*\):.*##/  \1 #/p' $(MAKEFILE_LIST) | awk -F ' # ' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*##/  \1 #/p' $(MAKEFILE_LIST) | awk -F ' # ' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 install: $(INSTALLED)  ## Make the virtual environment (the other verbs do so themselves)
 
@@ -52,6 +52,9 @@ check: $(INSTALLED)  ## Check format, style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+check-compile: $(INSTALLED)  ## Compile the kernels for five GPUs without one and judge the code: ARGS="--target sm_90"
+	$(PYTHON) bench/check_compile.py $(ARGS)
 
 bench: $(BENCH_INSTALLED)  ## Measure on this machine; results go to bench/results
 	CUDA_VISIBLE_DEVICES= $(PYTHON) bench/run.py $(ARGS)

@@ -576,7 +576,7 @@ class TestUse:
         model = promoe_triton.patch(build(), slots=slots, store="spool")
         experts = model.model.layers[0].mlp.experts
         x_TD = torch.empty(3, 48, device="meta")
-        with pytest.raises(PromoeError, match="slots are in RAM, but their input is on meta; move it to the CPU"):
+        with pytest.raises(PromoeError, match="slots are on cpu, but their input is on meta; move it there"):
             experts(x_TD, torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
         assert tokens(model) == expected
 

@@ -202,8 +202,8 @@ class TritonLayer:
         R, N = T * A, sum(self._columns)
         fused = self._gate is not None
         h_RF = x.new_empty((R, self.F if fused else 0))
-        # A norm is to see what it would see in transformers.
-        y_RD = x.new_empty((R, self.D), dtype=self.dtype if self._norm is not None else whole.precision(shape))
+        # A norm takes its rows in the layer's own type.
+        y_RD = x.new_empty((R, self.D), dtype=shape.sum_dtype if self._norm is None else self.dtype)
         return TritonCall(
             x_TD=x_TD,
             x=x,

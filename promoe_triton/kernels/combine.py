@@ -17,9 +17,10 @@ from torch import Tensor
 
 from promoe_triton.kernels.checks import check_device, check_matrix, check_routing, expect
 from promoe_triton.kernels.rounding import rounded
+from promoe_triton.kernels.tiles import CONTRACTION
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_ptr"])
 def combine_kernel(
     y_ptr,
     stride_y,
@@ -106,5 +107,6 @@ def combine(
         HAS_ORDER=row_of_R is not None,
         BLOCK_D=block_D,
         num_warps=4,
+        **CONTRACTION,
     )
     return y_TD

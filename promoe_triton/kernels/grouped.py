@@ -2,8 +2,8 @@
 
 A block of rows of one expert meets a tile of its weights. Blocks of fewer than 64 rows put the weights on the M side
 of the product ("swap AB"), where tensor cores want 64 rows and more; the weights of an expert are then read once
-whatever its rows. Rows and columns past the end repeat the last one, so that no load in the loop over K has a mask
-where BLOCK_K divides K: only such loads are pipelined 16 bytes at a time.
+whatever its rows. Rows past the end repeat the last one and the last tile of columns is moved back until it is whole,
+so that no load in the loop over K has a mask where BLOCK_K divides K: only such loads are pipelined 16 bytes at a time.
 
 | name     | shape  | meaning                                                                        |
 |----------|--------|--------------------------------------------------------------------------------|
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from promoe_triton.kernels.activation import activate_gated, activate_one
 from promoe_triton.kernels.checks import check_grouped
-from promoe_triton.kernels.pool import Projection, is_due, slot_base
+from promoe_triton.kernels.pool import Projection, begin_of_tile, is_due, is_own, rows_of_tile, slot_base
 from promoe_triton.kernels.rounding import operand, rounded
-from promoe_triton.kernels.schedule import Schedule
+from promoe_triton.kernels.schedule import PACKED, Schedule
 from promoe_triton.kernels.tiles import Tile
 
 GROUP = 8
@@ -57,18 +57,25 @@ def multiply(
 ):
     """acc + x w^T, [BLOCK_M, rows]; [rows, BLOCK_M] where swapped."""
     cols = k + tl.arange(0, BLOCK_K)
-    # [rows, BLOCK_K]
-    w_ptrs = w_ptr + (rows[:, None] * stride_wn + cols[None, :] * stride_wk)
-    if IS_TAIL:
-        w = tl.load(w_ptrs, mask=(cols < K)[None, :], other=0.0)
+    # The weights are loaded as the dot takes them: not every layout is pipelined through a transposition.
+    if IS_SWAPPED:
+        # [rows, BLOCK_K]
+        offsets = rows[:, None] * stride_wn + cols[None, :] * stride_wk
+        inside = (cols < K)[None, :]
     else:
-        w = tl.load(w_ptrs)
+        # [BLOCK_K, rows]
+        offsets = cols[:, None] * stride_wk + rows[None, :] * stride_wn
+        inside = (cols < K)[:, None]
+    if IS_TAIL:
+        w = tl.load(w_ptr + offsets, mask=inside, other=0.0)
+    else:
+        w = tl.load(w_ptr + offsets)
     w = operand(w.to(x.dtype))
     x = operand(x)
     if IS_SWAPPED:
         return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     else:
-        return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        return tl.dot(x, w, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -115,7 +122,7 @@ def split_turns(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SWAPPED: t
     return tl.split(both)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=PACKED)
 def grouped_kernel(
     out_ptr,
     stride_out,
@@ -185,12 +192,9 @@ def grouped_kernel(
 
     PAIRS: tl.constexpr = IS_GATED and not IS_INTERLEAVED
     ROWS: tl.constexpr = 2 * BLOCK_N if IS_INTERLEAVED else BLOCK_N
-    LAST: tl.constexpr = 2 * N - 1 if IS_INTERLEAVED else N - 1
-    first = n * 2 if IS_INTERLEAVED else n
-    if (LAST + 1) % ROWS == 0:
-        rows = first + tl.arange(0, ROWS)
-    else:
-        rows = tl.minimum(first + tl.arange(0, ROWS), LAST)
+    ALL: tl.constexpr = 2 * N if IS_INTERLEAVED else N
+    begin = begin_of_tile(n, N, BLOCK_N)
+    rows = rows_of_tile(begin * 2 if IS_INTERLEAVED else begin, ROWS, ALL)
     if IS_SWAPPED:
         acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
     else:
@@ -236,9 +240,10 @@ def grouped_kernel(
         y = tl.trans(y)
     if IS_WEIGHTED:
         y = y * tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-    cols = n + tl.arange(0, BLOCK_N)
+    cols = begin + tl.arange(0, BLOCK_N)
+    own = is_own(cols, n, N, BLOCK_N)
     out_ptrs = out_ptr + i.to(tl.int64)[:, None] * stride_out + cols[None, :]
-    tl.store(out_ptrs, rounded(y, out_ptr.dtype.element_ty), mask=(i < end)[:, None] & (cols < N)[None, :])
+    tl.store(out_ptrs, rounded(y, out_ptr.dtype.element_ty), mask=(i < end)[:, None] & own[None, :])
 
 
 def grouped_product(
@@ -274,7 +279,7 @@ def grouped_product(
         schedule.end_of_B,
         schedule.blocks,
         weights_TA,
-        wave_E if wave_E is not None else schedule.blocks,
+        wave_E if wave_E is not None else schedule.packed,
         *weight.tensors,
         *weight.data.stride(),
         *bias.tensors,

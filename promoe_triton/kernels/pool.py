@@ -100,3 +100,33 @@ def is_due(slot_ptr, wave_ptr, e, HAS_WAVE: tl.constexpr):
     if HAS_WAVE:
         due = due & (tl.load(wave_ptr + e) != 0)
     return due
+
+
+@triton.jit
+def begin_of_tile(n, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First column of a tile: the last tile ends where the columns end, and shares some with the one before.
+
+    So all tiles are whole. Repeating the last column instead would hide from the compiler which columns lie together.
+    """
+    if N % BLOCK_N == 0 or N < BLOCK_N:
+        return n
+    else:
+        return tl.minimum(n, N - BLOCK_N)
+
+
+@triton.jit
+def rows_of_tile(first, ROWS: tl.constexpr, ALL: tl.constexpr):
+    """Rows of the weight from `first` on; where there are fewer than a tile has, the last one is repeated."""
+    rows = first + tl.arange(0, ROWS)
+    if ALL < ROWS:
+        rows = tl.minimum(rows, ALL - 1)
+    return rows
+
+
+@triton.jit
+def is_own(cols, n, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which columns of a tile are its own to write: not those of the tile before, nor such as are not there."""
+    if N < BLOCK_N:
+        return cols < N
+    else:
+        return cols >= n

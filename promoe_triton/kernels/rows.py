@@ -20,7 +20,7 @@ from torch import Tensor
 
 from promoe_triton.kernels.activation import activate_gated, activate_one
 from promoe_triton.kernels.checks import check_rows
-from promoe_triton.kernels.pool import Projection, is_due, slot_base
+from promoe_triton.kernels.pool import Projection, begin_of_tile, is_due, is_own, rows_of_tile, slot_base
 from promoe_triton.kernels.rounding import rounded
 from promoe_triton.kernels.tiles import Tile
 
@@ -110,15 +110,11 @@ def rows_kernel(
     w_ptr = slot_base(w_ptr, slot_ptr, e, stride_ws)
     x_ptr += (r // DIVIDE).to(tl.int64) * stride_x
 
-    # Rows past the end repeat the last one: no load of weights needs a mask.
     PAIRS: tl.constexpr = IS_GATED and not IS_INTERLEAVED
     ROWS: tl.constexpr = 2 * BLOCK_N if IS_INTERLEAVED else BLOCK_N
-    LAST: tl.constexpr = 2 * N - 1 if IS_INTERLEAVED else N - 1
-    first = n * 2 if IS_INTERLEAVED else n
-    if (LAST + 1) % ROWS == 0:
-        rows = first + tl.arange(0, ROWS)
-    else:
-        rows = tl.minimum(first + tl.arange(0, ROWS), LAST)
+    ALL: tl.constexpr = 2 * N if IS_INTERLEAVED else N
+    begin = begin_of_tile(n, N, BLOCK_N)
+    rows = rows_of_tile(begin * 2 if IS_INTERLEAVED else begin, ROWS, ALL)
     FULL: tl.constexpr = K // BLOCK_K * BLOCK_K
     acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
     acc_up = acc
@@ -143,8 +139,9 @@ def rows_kernel(
         y = activate_one(y, ACTIVATION)
     if IS_WEIGHTED:
         y = y * weight
-    cols = n + tl.arange(0, BLOCK_N)
-    tl.store(out_ptr + r.to(tl.int64) * stride_out + cols, rounded(y, out_ptr.dtype.element_ty), mask=cols < N)
+    cols = begin + tl.arange(0, BLOCK_N)
+    own = is_own(cols, n, N, BLOCK_N)
+    tl.store(out_ptr + r.to(tl.int64) * stride_out + cols, rounded(y, out_ptr.dtype.element_ty), mask=own)
 
 
 def rows_product(

@@ -28,9 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from promoe_triton.kernels.checks import check_device, check_routing, expect, expect_type
+from promoe_triton.kernels.tiles import CONTRACTION
 
 SMALL = 128
 CHUNK = 128
+
+# Arrays of one schedule lie in one tensor, at distances that follow from R: were their alignment a matter of the
+# compiler, every other number of tokens would compile the kernels again.
+PACKED = ["order_ptr", "row_ptr", "expert_ptr", "first_ptr", "end_ptr", "blocks_ptr"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +90,15 @@ def load_pairs(ids_ptr, weights_ptr, r, R, E: tl.constexpr):
 
 @triton.jit
 def key_of(e, rank_ptr, E: tl.constexpr, HAS_RANK: tl.constexpr):
-    """What experts are sorted by."""
+    """What experts are sorted by; pairs of none (E) come last."""
     if HAS_RANK:
-        return tl.load(rank_ptr + e, mask=e < E, other=0).to(tl.int64) * E + e
+        rank = tl.load(rank_ptr + e, mask=e < E, other=0).to(tl.int64)
+        return tl.where(e < E, rank * E + e, 0x7FFFFFFFFFFFFFFF)
     else:
-        return e.to(tl.int64)
+        return e
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=PACKED)
 def schedule_small_kernel(
     order_ptr,
     row_ptr,
@@ -108,17 +114,25 @@ def schedule_small_kernel(
     HAS_RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Grid: 1. Compares all pairs with all, so that nothing has to be counted first."""
     r = tl.arange(0, SIZE)
     e = load_pairs(ids_ptr, weights_ptr, r, R, E)
     used = e < E
-    key = tl.where(used, key_of(e, rank_ptr, E, HAS_RANK), 0x7FFFFFFFFFFFFFFF)
-    before = r[None, :] < r[:, None]
-    same = key[None, :] == key[:, None]
-    row = tl.sum(((key[None, :] < key[:, None]) | (same & before)).to(tl.int32), 1)
-    within = tl.sum((same & before).to(tl.int32), 1)
-    count = tl.sum(same.to(tl.int32), 1)
+    key = key_of(e, rank_ptr, E, HAS_RANK)
+    row = tl.zeros([SIZE], tl.int32)
+    within = row
+    count = row
+    # In steps, as all with all at once does not fit the registers.
+    for first in range(0, SIZE, STEP):
+        other = first + tl.arange(0, STEP)
+        others = key_of(load_pairs(ids_ptr, weights_ptr, other, R, E), rank_ptr, E, HAS_RANK)
+        same = others[None, :] == key[:, None]
+        twin = same & (other[None, :] < r[:, None])
+        row += tl.sum(((others[None, :] < key[:, None]) | twin).to(tl.int32), 1)
+        within += tl.sum(twin.to(tl.int32), 1)
+        count += tl.sum(same.to(tl.int32), 1)
     tl.store(order_ptr + row, r, mask=used)
     tl.store(row_ptr + r, tl.where(used, row, -1), mask=r < R)
     opens = (used & (within % BLOCK == 0)).to(tl.int32)
@@ -151,7 +165,7 @@ def count_kernel(
         tl.atomic_add(total_ptr + e, count, mask=(e < E) & (count > 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=PACKED)
 def begin_kernel(
     count_ptr,
     total_ptr,
@@ -194,7 +208,7 @@ def begin_kernel(
         begin += tl.sum(counts, 0)
 
 
-@triton.jit(do_not_specialize=["R", "C"])
+@triton.jit(do_not_specialize=["R", "C"], do_not_specialize_on_alignment=PACKED)
 def scatter_kernel(order_ptr, row_ptr, count_ptr, ids_ptr, weights_ptr, R, C, E: tl.constexpr, CHUNK: tl.constexpr):
     """Grid: C. Each pair's row: where its expert's rows of this chunk begin, and the pairs before it in the chunk."""
     c = tl.program_id(0)
@@ -232,15 +246,31 @@ def schedule(
     known = {"E": E, "HAS_RANK": rank_E is not None, "BLOCK": block}
     if small >= R:
         size = triton.next_power_of_2(max(R, 16))
-        schedule_small_kernel[(1,)](*rows, *blocks, ids_TA, weights_TA, rank, R, **known, SIZE=size, num_warps=8)
+        schedule_small_kernel[(1,)](
+            *rows,
+            *blocks,
+            ids_TA,
+            weights_TA,
+            rank,
+            R,
+            **known,
+            SIZE=size,
+            STEP=min(size, 64),
+            num_warps=16,
+            **CONTRACTION,
+        )
         return result
     C = triton.cdiv(R, CHUNK)
     count_EC = ids_TA.new_empty((E, C), dtype=torch.int32)
     total_E = ids_TA.new_zeros(E, dtype=torch.int32)
     block_E = min(triton.next_power_of_2(E), 64)
     block_C = min(triton.next_power_of_2(C), 1024)
-    count_kernel[(C,)](count_EC, total_E, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, BLOCK_E=block_E, num_warps=4)
+    count_kernel[(C,)](
+        count_EC, total_E, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, BLOCK_E=block_E, num_warps=8, **CONTRACTION
+    )
     size_E = triton.next_power_of_2(E)
-    begin_kernel[(E,)](count_EC, total_E, *blocks, rank, C, **known, SIZE_E=size_E, BLOCK_C=block_C, num_warps=4)
-    scatter_kernel[(C,)](*rows, count_EC, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, num_warps=8)
+    begin_kernel[(E,)](
+        count_EC, total_E, *blocks, rank, C, **known, SIZE_E=size_E, BLOCK_C=block_C, num_warps=4, **CONTRACTION
+    )
+    scatter_kernel[(C,)](*rows, count_EC, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, num_warps=16, **CONTRACTION)
     return result

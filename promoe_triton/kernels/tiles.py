@@ -24,6 +24,12 @@ ROWS_TOKENS = 4
 ROWS_PAIRS = 64
 """And up to so many routed pairs."""
 
+PRECISE_PAIRS = 128
+"""Up to so many routed pairs, the rows that are summed are kept in single precision."""
+
+CONTRACTION = {"enable_fp_fusion": True}
+"""Contraction of products and sums decides bits, and the compiler's default is not the same in all versions."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
@@ -37,8 +43,8 @@ class Tile:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return what the compiler is told. Contraction of products and sums decides bits: it is always stated."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        """Return what the compiler is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **CONTRACTION}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +60,11 @@ class Call:
     def by_rows(self) -> bool:
         """Whether rows are computed one after the other instead of grouped by expert."""
         return self.T <= ROWS_TOKENS and self.T * self.A <= ROWS_PAIRS
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The type of the rows that are summed: few cost nothing in single precision, many are moved twice."""
+        return torch.float32 if self.T * self.A <= PRECISE_PAIRS else self.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +87,9 @@ class TileTable:
     def rows(self, call: Call, shape: Shape) -> Tile:
         """Return the tile of `rows_product`."""
         entry = self._entry("rows_transposed" if shape.transposed else "rows", call)
-        depth = _depth(entry["depth"], shape.K, least=16)
+        # Two steps at least: with a single one, ptxas for sm_100 spills where registers are left.
+        depth = min(entry["depth"], max(triton.next_power_of_2(shape.K) // 2, 16))
+        depth = _depth(depth, shape.K, least=16)
         columns = entry["gated_columns" if shape.gated else "columns"]
         return Tile(rows=1, columns=columns, depth=depth, warps=entry["warps"], stages=entry["stages"])
 

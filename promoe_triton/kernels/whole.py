@@ -5,14 +5,13 @@ Which kernel computes a product, and with which tile, follows from the shape of 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from promoe_triton.kernels.combine import combine
 from promoe_triton.kernels.grouped import grouped_product
 from promoe_triton.kernels.pool import Projection
 from promoe_triton.kernels.rows import rows_product
-from promoe_triton.kernels.schedule import SMALL, Schedule, schedule
+from promoe_triton.kernels.schedule import Schedule, schedule
 from promoe_triton.kernels.tiles import Call, Shape, TileTable
 
 
@@ -21,11 +20,6 @@ def plan(ids_TA: Tensor, weights_TA: Tensor, call: Call, table: TileTable) -> Sc
     if call.by_rows:
         return None
     return schedule(ids_TA, weights_TA, None, experts=call.E, block=table.block(call))
-
-
-def precision(call: Call) -> torch.dtype:
-    """Return the type of the second product's rows: few cost nothing in fp32, many are written and read again."""
-    return torch.float32 if call.T * call.A <= SMALL else call.dtype
 
 
 def product(
@@ -68,7 +62,7 @@ def layer(
     call = Call(T=T, A=A, E=up.experts, dtype=x_TD.dtype)
     rows = plan(ids_TA, weights_TA, call, table)
     h_RF = x_TD.new_empty((T * A, up.N))
-    y_RD = x_TD.new_empty((T * A, down.N), dtype=precision(call))
+    y_RD = x_TD.new_empty((T * A, down.N), dtype=call.sum_dtype)
     product(h_RF, x_TD, ids_TA, weights_TA, rows, up, None, up=True, weighted=False, call=call, table=table)
     product(y_RD, h_RF, ids_TA, weights_TA, rows, down, None, up=False, weighted=True, call=call, table=table)
     order_R = None if rows is None else rows.row_of_R
