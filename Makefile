@@ -66,7 +66,7 @@ figures: $(BENCH_INSTALLED)  ## Draw the figures from the results
 	$(PYTHON) bench/figures.py $(ARGS)
 
 clean:  ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PYTHON):
