@@ -32,7 +32,7 @@ import torch
 from promoe_triton.kernels.compiled import Compiled, Request, compile_request, request
 from promoe_triton.kernels.devices import devices, work
 from promoe_triton.kernels.launches import Launch, launches
-from promoe_triton.kernels.rules import RULES, Facts, Verdict, judge, occupancy
+from promoe_triton.kernels.rules import RULES, TENSOR, Facts, Verdict, judge, occupancy
 from promoe_triton.kernels.shapes import FURTHER, MAIN, SHAPES, TOKENS, LayerShape
 from promoe_triton.kernels.tiles import TABLE, table_for
 
@@ -244,6 +244,41 @@ def print_predictions(rows: Sequence[Row], targets: Sequence[str]) -> None:
                 print(f"  {layer.name:18} T={T:<5} {sum(seconds.values()) * 1e6:9.1f}  =  {', '.join(parts)}")
 
 
+def print_markdown(rows: Sequence[Row], targets: Sequence[str]) -> None:
+    """What the README shows: the products by target, and the least times of some shapes."""
+    print("| target | kernel | versions | registers | spills | shared memory, most | products by | weights by |")
+    print("|---|---|---|---|---|---|---|---|")
+    for target in targets:
+        for form in ("rows", "grouped"):
+            found = [one for one in rows if one.request.target == target and one.title.startswith(form)]
+            of = [one.compiled for one in found if one.compiled]
+            registers = sorted(c.registers for c in of)
+            spills = sum(c.spills + c.stack for c in of)
+            shared = max(c.shared for c in of) / 1024
+            by = " or ".join(used) if (used := [name for name in TENSOR if any(c.counts.get(name) for c in of)]) else ""
+            name = "single rows" if form == "rows" else "grouped rows"
+            print(
+                f"| {target} | {name} | {len(of)} | {registers[0]} to {registers[-1]} | {spills} | {shared:.0f} KiB "
+                f"| {by or 'FMA'} | {carried(of)} |"
+            )
+    tokens = (1, 16, 512, 8192)
+    print(f"\n| microseconds at best | {' | '.join(f'T = {T}' for T in tokens)} |\n|---|{'---|' * len(tokens)}")
+    for layer in LAYERS[: len(MAIN)]:
+        for target in targets:
+            device = devices()[target]
+            times = []
+            for T in tokens:
+                stages = work(layer.shape, T, layer.dtype).values()
+                times.append(f"{sum(stage.seconds(device, layer.dtype) for stage in stages) * 1e6:.0f}")
+            print(f"| {layer.name}, {device.device} | {' | '.join(times)} |")
+
+
+def carried(found: Sequence[Compiled]) -> str:
+    """How weights come to the products: the widest copies or loads that all of these kernels have."""
+    names = {"tma": "TMA", "cp.async 16": "16-byte cp.async", "load 16": "128-bit loads"}
+    return " or ".join(text for name, text in names.items() if all(c.counts.get(name) for c in found)) or "other loads"
+
+
 def as_json(rows: Sequence[Row], targets: Sequence[str]) -> str:
     kernels = [
         {
@@ -278,6 +313,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sample", type=float, default=1.0, help="compile only this share of the kernels (0.1)")
     parser.add_argument("--seed", type=int, default=0, help="which ones --sample takes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--markdown", action="store_true", help="print the README's tables")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where results are kept (default: %(default)s)")
     parser.add_argument("--broken", action="store_true", help="show only kernels that break a rule")
     return parser.parse_args()
@@ -303,6 +339,8 @@ def main() -> None:
     broken = [one for one in rows if one.verdict.broken]
     if args.json:
         print(as_json(rows, args.target))
+    elif args.markdown:
+        print_markdown(rows, args.target)
     else:
         print_kernels(broken if args.broken else rows)
         if not args.broken:

@@ -44,7 +44,7 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Run Mixture-of-Experts models whose experts rest on disk from a few slots of RAM.",
+    help="Run Mixture-of-Experts models whose experts rest on disk or in RAM from a few slots of faster memory.",
 )
 
 
