@@ -107,12 +107,14 @@ class Store(Protocol):
 class Transfer:
     """One copy of an expert, or of one part of it, into a slot, which it takes when its first chunk is handed out.
 
-    Identity is what counts: two transfers of the same expert are two transfers.
+    Identity is what counts: two transfers of the same expert are two transfers. source: what whoever copies it noted
+    of where it comes from when its copy began.
     """
 
     key: ExpertKey
     part: Part
     slot: int = -1
+    source: object = None
 
     @property
     def name(self) -> str:

@@ -163,9 +163,9 @@ class DiskSource:
         return self._store.staged(transfer.key.layer)
 
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
-        if index == 0 and skip == 0:
-            for file, offset in self.image(transfer).files.items():
-                self._reader.check(file, offset)  # opens it anew where it was exchanged for an equal one
+        if transfer.source is None:
+            noted = self._reader.check(self.image(transfer).files)
+            transfer.source = transfer.source or noted
         room = self._rings.room(nbytes + 2 * PAGE)
         first = self._reader.read(extent.file, extent.offset + skip, nbytes, room.view, 0)
         return room.slot(0)[first : first + nbytes]
@@ -176,8 +176,7 @@ class DiskSource:
 
     def check(self, transfer: Transfer) -> None:
         if not self.is_whole(transfer):
-            for file, offset in self.image(transfer).files.items():
-                self._reader.check(file, offset)  # only what is still the same has surely been so all the time
+            self._reader.check(self.image(transfer).files, transfer.source)
 
     def describe(self, transfer: Transfer) -> str:
         first = self.image(transfer).extents[0]
