@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -129,8 +129,7 @@ class Cuts:
     whole: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What one copy moves: bytes `begin` to `end` of a transfer, counted through its extents.
 
     speculative: nobody waited for them when they were handed out.
@@ -279,7 +278,7 @@ class Policy(Protocol):
         """`key` has left its slot."""
         ...
 
-    def victim(self, kept: Set[ExpertKey]) -> ExpertKey | None:
+    def victim(self, kept: Container[ExpertKey]) -> ExpertKey | None:
         """Name the admitted expert to evict next, none of those kept; None where there is none."""
         ...
 
