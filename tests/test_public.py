@@ -85,7 +85,7 @@ def test_the_pure_part_knows_nothing_of_devices_threads_and_files(name: str) -> 
 # Who may be known by whom: a part imports from those before it only. In one line: parts that may know each other.
 LAYERS = (
     {"errors", "_version"},
-    {"protocols", "layout", "timeline", "devices"},
+    {"protocols", "layout", "timeline", "devices", "traces"},
     {"chunking", "policies", "techniques", "slots", "transfers", "admission", "memory", "kernels"},
     {"config", "core"},
     {"budget", "counters", "predictors", "backends", "stores"},
@@ -94,7 +94,7 @@ LAYERS = (
     {"ops"},
     {"layer"},
     {"patch"},
-    {"loading"},
+    {"loading", "tracing"},
     {"__init__"},
     {"cli"},
     {"__main__"},
