@@ -23,6 +23,9 @@ StoreKind = Literal["auto", "checkpoint", "spool", "memory"]
 BackendName = Literal["auto", "torch", "triton"]
 PREDICTORS = ("auto", "gate", "history", "token", "random", "none")
 
+LEARNED = ".safetensors"
+"""How the name of a file with a learned predictor ends."""
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -80,7 +83,7 @@ class Config:
     warm: fill the slots when the model is patched, so that the first prompt finds them full.
     predictor: what says which experts to copy ahead: ``"gate"`` (the later layer's own router, asked today),
         ``"token"`` and ``"history"`` (tables learned while running), ``"auto"`` (the gate, and tables where it
-        cannot see), ``"random"``, ``"none"``, or a `Predictor`.
+        cannot see), ``"random"``, ``"none"``, a file that `promoe-triton train` wrote, or a `Predictor`.
     distance: how many layers ahead to predict, at least 1.
     width: experts named per layer and token; None: as many as the router chooses.
     ablation: which of the paper's techniques are on: ``"all"``, or a step of its ablation (``"static"``,
@@ -107,7 +110,7 @@ class Config:
     policy: str = "lru"
     profile: Path | str | None = None
     warm: bool = True
-    predictor: str | Predictor = "auto"
+    predictor: str | Path | Predictor = "auto"
     distance: int = 2
     width: int | None = None
     ablation: str = "all"
@@ -136,10 +139,16 @@ class Config:
             raise ValueError(f"depth must be at least 1 read in flight, got {self.depth}")
         if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
             raise ValueError(f"chunk must be a positive multiple of 4096 bytes, got {self.chunk!r}")
+        if isinstance(self.predictor, Path):
+            object.__setattr__(self, "predictor", str(self.predictor))
         if isinstance(self.predictor, str) and self.predictor not in PREDICTORS:
-            raise ValueError(
-                f"predictor must be one of {', '.join(PREDICTORS)}, or a Predictor, got {self.predictor!r}"
-            )
+            if not self.predictor.endswith(LEARNED):
+                raise ValueError(
+                    f"predictor must be one of {', '.join(PREDICTORS)}, a file of a learned one (*{LEARNED}), or a "
+                    f"Predictor, got {self.predictor!r}"
+                )
+            if not Path(self.predictor).is_file():
+                raise ValueError(f"there is no predictor {self.predictor}")
         if not isinstance(self.predictor, str) and not callable(getattr(self.predictor, "predict", None)):
             raise TypeError(f"predictor must be a name or have a method predict, got {self.predictor!r}")
         for name, value in (("distance", self.distance), ("width", 1 if self.width is None else self.width)):

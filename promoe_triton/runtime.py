@@ -280,10 +280,10 @@ class ModelRuntime:
         if self.link is None or Technique.PREFETCH not in config.step.techniques:
             return
         predictor: Predictor | None
-        if isinstance(config.predictor, str):
+        if isinstance(config.predictor, str | Path):
             experts = {path: layer.layout.experts for path, layer in zip(paths, self.layers, strict=True)}
             reach = Reach(distance=config.distance, width=config.width)
-            predictor = make_predictor(config.predictor, model, experts, reach)
+            predictor = make_predictor(str(config.predictor), model, experts, reach)
         else:
             predictor = config.predictor
         if predictor is not None:

@@ -94,7 +94,7 @@ LAYERS = (
     {"ops"},
     {"layer"},
     {"patch"},
-    {"loading", "tracing"},
+    {"loading", "tracing", "training"},
     {"__init__"},
     {"cli"},
     {"__main__"},

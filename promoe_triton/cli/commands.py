@@ -1,4 +1,4 @@
-"""All commands: ``promoe-triton demo``, ``generate``, ``inspect``, ``trace`` and ``tune``.
+"""All commands: ``promoe-triton demo``, ``generate``, ``inspect``, ``trace``, ``train`` and ``tune``.
 
 Exit codes: 0 done, 1 the command failed (or tokens differ), 2 it was used wrongly, 130 interrupted.
 """
@@ -18,6 +18,7 @@ from promoe_triton.cli.generate import generate
 from promoe_triton.cli.inspect import inspect
 from promoe_triton.cli.output import print_error, readable_logging
 from promoe_triton.cli.trace import trace
+from promoe_triton.cli.train import train_command
 from promoe_triton.cli.tune import tune
 from promoe_triton.errors import PromoeError
 
@@ -72,6 +73,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
 app.command()(trace)
+app.command("train")(train_command)
 app.command()(tune)
 
 
