@@ -9,7 +9,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from promoe_triton.kernels.pool import Gate, Pool, Projection
@@ -39,10 +38,7 @@ def activate(y_N: Tensor, gate: Gate) -> Tensor:
     """Return what becomes of the columns of one row's product."""
     if not gate.gated:
         return activate_one(y_N, gate.activation)
-    turns = "(n two) -> two n" if gate.interleaved else "(two n) -> two n"
-    g: Tensor
-    u: Tensor
-    g, u = rearrange(y_N, turns, two=2)
+    g, u = (y_N[::2], y_N[1::2]) if gate.interleaved else y_N.chunk(2)
     if gate.activation == "clamped_swiglu":
         g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
         return g * torch.sigmoid(gate.alpha * g) * (u + 1)
