@@ -12,7 +12,7 @@ import torch
 from kernel_cases import DEVICE, KINDS, TOLERANCES, draw, make_layer, reference, routed, run
 from torch import Tensor
 from transformers import CompileConfig
-from zoo import FAMILIES
+from zoo import FAMILIES, build
 
 import promoe_triton
 from promoe_triton import PromoeError
@@ -127,11 +127,6 @@ class TestKernels:
         some = torch.arange(min(T, 8), device=DEVICE)
         assert error(got[some], reference(layer, call.rows(some))) <= max(TOLERANCES[dtype], LONG_SUMS)
         assert torch.equal(run(layer, call, table=table), got)
-
-
-def build(name: str) -> Any:
-    torch.manual_seed(0)
-    return FAMILIES[name].build()
 
 
 def given(name: str, model: Any, tokens: int) -> dict[str, Any]:
