@@ -160,3 +160,17 @@ def test_a_machine_with_a_gpu_has_what_runs_there(file: Path) -> None:
     known = {"parametrize", "skipif", "skip", "filterwarnings", "usefixtures", "xfail"}
     known |= {marker.partition(":")[0] for marker in options["markers"]}
     assert set(re.findall(r"pytest\.mark\.(\w+)", file.read_text())) <= known
+
+
+def test_results_are_of_all_that_decides_them() -> None:
+    """Measured rows are told apart by a hash: of the kernels, and of whatever of theirs these import."""
+    from promoe_triton.kernels.provenance import MEASURED
+
+    prefix = "promoe_triton.kernels."
+    used = {
+        name.removeprefix(prefix).partition(".")[0]
+        for measured in MEASURED
+        for name in imports(PACKAGE / "kernels" / f"{measured}.py")
+        if name.startswith(prefix)
+    }
+    assert used <= set(MEASURED)
