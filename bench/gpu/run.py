@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace, device: object, cells: list) -> int:  # ty
         "matmul_tflops": f"{roofs.matmul / 1e12:.6g}",
         "dtype": args.dtype,
         **about_device(device),
-        "source": source_hash(with_tiles=False),
+        "source": source_hash(),
         "tiles": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
         "commit": table.commit(),
         "date": table.today(),

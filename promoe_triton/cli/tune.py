@@ -173,7 +173,7 @@ class Tuning:
         about = about_device(device_to_tune())
         return {
             **{name: about[name] for name in ("device", "driver", "torch", "triton")},
-            "source": source_hash(with_tiles=False),
+            "source": source_hash(),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "shapes": [str(shape) for shape in shapes],
         }

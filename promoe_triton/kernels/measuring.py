@@ -124,7 +124,7 @@ class Measurer:
         del shape["name"]
         return {
             **{name: about[name] for name in ("device", "driver", "torch", "triton")},
-            "source": source_hash(with_tiles=False),
+            "source": source_hash(),
             "dtype": str(self._dtype).removeprefix("torch."),
             "shape": shape,
             "T": product.problem.T,
