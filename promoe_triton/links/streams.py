@@ -87,9 +87,10 @@ class CudaStreams:
         # Of this device: else the call would open a context, half a gigabyte, on the first GPU.
         with torch.cuda.device(self._device):
             if int(runtime.cudaHostRegister(address, nbytes, PORTABLE)):
-                # The runtime keeps the error for whoever asks next, which would be an innocent kernel.
+                # The runtime keeps the error for this thread's next kernel, an innocent one: this one. (Zeros may be
+                # written without a kernel.)
                 with contextlib.suppress(RuntimeError):
-                    torch.zeros(1, device=self._device)
+                    torch.ones(1, device=self._device)
                 return None
         return lambda: runtime.cudaHostUnregister(address)
 
