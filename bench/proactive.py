@@ -24,6 +24,7 @@ SHARES = (0.5, 0.75, 0.25, 0.375, 0.125)
 NO_PREDICTION = "preemption + reorder, no prediction"
 STEPS = ("lru", "static", "+prefetch", "+chunks", "+preemption", "all", NO_PREDICTION)
 SLOW = "250MB/s"
+WHOLE_LAYERS = "decode, whole layers, 50.0% in slots"
 
 
 def options(variant: str) -> dict[str, Any]:
@@ -179,11 +180,10 @@ def resident_seconds(subject: Subject, length: Length) -> tuple[float, float]:
 
 def whole_layers(subject: Subject, results: record.Results, length: Length, **common: Any) -> None:
     """Offloading by whole layers moves every expert for every token: a few tokens tell enough."""
-    case = "decode, whole layers, 50.0% in slots"
-    if not results.has(case):
+    if not results.has(WHOLE_LAYERS):
         results.begin()
         runs = compare(subject, ("layer", "all"), length, slots=subject.experts // 2, **common)
-        results.write([*rows_of(case, runs), speedup(case, runs, "all", "layer")])
+        results.write([*rows_of(WHOLE_LAYERS, runs), speedup(WHOLE_LAYERS, runs, "all", "layer")])
 
 
 def prompt_after_another(
@@ -237,11 +237,15 @@ def batch_case(batch: int) -> str:
 
 def chance(subject: Subject, results: record.Results, link: str, length: Length, **common: Any) -> None:
     """Predictions that are no better than chance must cost nothing: paired runs on a link."""
-    case = f"decode, chance, 50.0% in slots, {link}"
+    case = chance_case(link)
     if not results.has(case):
         results.begin()
         runs = compare(subject, ("random", NO_PREDICTION), length, slots=subject.experts // 2, **common)
         results.write([*rows_of(case, runs), speedup(case, runs, "random", NO_PREDICTION, 0.98)])
+
+
+def chance_case(link: str) -> str:
+    return f"decode, chance, 50.0% in slots, {link}"
 
 
 def expert_sizes(results: record.Results, scratch: Path | None, quick: bool) -> None:

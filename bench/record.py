@@ -210,7 +210,6 @@ def provenance() -> dict[str, str]:
 
     The last column, `others`, is how many cores other programs kept at work meanwhile: near 0 on a quiet machine.
     """
-    now = datetime.datetime.now(datetime.UTC)
     return {
         "device": device(),
         "threads": str(CORES),
@@ -219,8 +218,12 @@ def provenance() -> dict[str, str]:
         "transformers": version("transformers"),
         "accelerate": version("accelerate"),
         "commit": commit(),
-        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "date": now(),
     }
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def commit() -> str:

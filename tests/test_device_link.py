@@ -241,6 +241,14 @@ def test_from_memory(options: dict[str, Any], want: list[Tensor]) -> None:
     promoe_triton.unpatch(model)
 
 
+@pytest.mark.usefixtures("streams")
+def test_patched_in_inference_mode(want: list[Tensor]) -> None:
+    """The threads that copy are not in it."""
+    with torch.inference_mode():
+        model = promoe_triton.patch(build(), device="cpu", store="memory", slots=4)
+        assert equal(logits(model), want)
+
+
 @pytest.mark.parametrize("io", ["direct", "buffered"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.usefixtures("from_disk")
