@@ -334,7 +334,7 @@ def times_of(rows: Sequence[Row], unit: str, title: str) -> Figure:
     cases = unique([r.case for r in rows if r.metric == "time"])
     columns = min(len(cases), 4)
     lines_ = -(-len(cases) // columns)
-    size = (3.6 * columns + 1, 2.9 * lines_ + 0.6)
+    size = (max(3.6 * columns + 1, 8.5), 2.9 * lines_ + 0.6)
     figure, panels = plt.subplots(lines_, columns, figsize=size, layout="constrained", squeeze=False)
     for spare in panels.flat[len(cases) :]:
         spare.set_visible(False)
