@@ -20,7 +20,7 @@ endif
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-large test test-slow test-gpu families check check-compile bench bench-kernels figures clean
+.PHONY: help install demo demo-large test test-slow test-gpu families check check-compile bench bench-gpu bench-kernels figures clean
 
 help:  ## List the verbs
 	@echo 'make <verb>'
@@ -66,6 +66,9 @@ check-compile: $(INSTALLED)  ## Compile the kernels for five GPUs without one an
 
 bench: $(BENCH_INSTALLED)  ## Measure on this machine; results go to bench/results
 	CUDA_VISIBLE_DEVICES= $(PYTHON) bench/run.py $(ARGS)
+
+bench-gpu: $(GPU_READY)  ## Measure copying ahead over the GPU's bus: make bench-gpu PYTHON=python3 OUT=folder ARGS="--minutes 8"
+	$(PYTHON) bench/proactive_gpu.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 bench-kernels: $(GPU_READY)  ## Measure the kernels on the GPU: make bench-kernels PYTHON=python3 OUT=folder ARGS="--minutes 8"
 	$(PYTHON) bench/gpu/run.py $(if $(OUT),--out $(OUT)) $(ARGS)

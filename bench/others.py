@@ -68,8 +68,13 @@ def policylang(subject: InMemory, share: float, ahead: bool) -> Iterator[Any]:
     import moe_policylang
 
     capacity = round(share * next(iter(subject.layouts.values())).experts)
+    # Without this block, all layers share a cache that takes experts of the same number for the same.
+    layers = (
+        f"per_layer {{ allocation = uniform total_budget = {capacity * len(subject.layouts)} "
+        f"min_capacity = {capacity} max_capacity = {capacity} rebalance_interval = 0 }}"
+    )
     prefetch = "prefetch { strategy = history budget = 4 }" if ahead else ""
-    policy = f"policy bench {{ cache {{ capacity = {capacity} eviction = lru }} {prefetch} }}"
+    policy = f"policy bench {{ cache {{ capacity = {capacity} eviction = lru }} {prefetch} {layers} }}"
     model: Any = subject.model
     before = model.config._experts_implementation
     with _dense_on_device(subject):

@@ -344,6 +344,20 @@ def failure(case: str, reason: str) -> record.Row:
     return record.row(case, "", "failed", "", [0.0], note=" ".join(reason.split())[:300])
 
 
+def answers(device: torch.device) -> bool:
+    """Whether a device still does what it is told, after an error."""
+    import torch
+
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
 def work(args: argparse.Namespace, device: torch.device) -> int:
     """Measure cases until they or the minutes are spent."""
     import torch
@@ -374,11 +388,9 @@ def work(args: argparse.Namespace, device: torch.device) -> int:
             print(f"  {case}: {error!r}", file=sys.stderr, flush=True)
             results.write([failure(case.case, repr(error))])
             subjects = Subjects(device, args.quick)
-            if device.type == "cuda":
-                # Raises where the device answers no more, which ends this worker.
-                marker.unlink()
-                torch.cuda.synchronize(device)
-                torch.cuda.empty_cache()
+            if not answers(device):
+                # The row is written: a new worker goes on with the next case.
+                return watch.GO_ON
         print(f"  {case}: {time.monotonic() - began:.0f} s", flush=True)
     marker.unlink(missing_ok=True)
     return 0

@@ -11,6 +11,10 @@ HUNG = -1
 """What stands for the exit code of a worker that was killed as it took too long."""
 
 
+GO_ON = 4
+"""Exit code of a worker that has noted what failed, and cannot go on itself."""
+
+
 def supervise(command: Sequence[str], marker: Path, patience: float, note: Callable[[int], None]) -> int:
     """Run workers until one has gone through everything; return its exit code.
 
@@ -25,13 +29,14 @@ def supervise(command: Sequence[str], marker: Path, patience: float, note: Calla
         except KeyboardInterrupt:
             worker.wait(60)
             code = 130
-        if code == 0 or not marker.exists():
+        if code == 0 or not (marker.exists() or code == GO_ON):
             return code
         if code == 130:
             print("interrupted; run again to go on", flush=True)
-            marker.unlink()
+            marker.unlink(missing_ok=True)
             return code
-        note(code)
+        if code != GO_ON:
+            note(code)
         marker.unlink(missing_ok=True)
         # What was measured again is there now: going on must not measure it a third time.
         command = [part for part in command if part != "--force"]

@@ -183,15 +183,17 @@ class TestModels:
                 torch.cuda.set_sync_debug_mode("default")
         assert promoe_triton.stats(model).host_reads == 0
 
-    def test_a_layer_with_few_slots_reads_the_device_once(self) -> None:
-        model = promoe_triton.patch(build("mixtral"), device="cuda", slots=4)
+    @pytest.mark.parametrize(("predictor", "beside"), [("none", 0), ("auto", 2)])
+    def test_a_layer_with_few_slots_reads_the_device_once(self, predictor: str, beside: int) -> None:
+        """Before the first layer and after the last there may be one read more each, for what is predicted there."""
+        model = promoe_triton.patch(build("mixtral"), device="cuda", slots=4, predictor=predictor)
         inputs = given("mixtral", model, 3)
         with torch.no_grad():
             model(**inputs)
             before = promoe_triton.stats(model).host_reads
             model(**inputs)
         layers = sum(hasattr(module, "_promoe") for module in model.modules())
-        assert promoe_triton.stats(model).host_reads - before == layers
+        assert layers <= promoe_triton.stats(model).host_reads - before <= layers + beside
 
     @pytest.mark.parametrize("io", ["direct", "buffered"])
     def test_from_a_checkpoint(self, io: Any, tmp_path: Path) -> None:

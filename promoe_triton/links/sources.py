@@ -106,18 +106,25 @@ class HostSource:
         self._releases: list[Release] = []
         self._unpinned: list[range] = []
         pages = _pages(store.tensors())
-        for part in transformers_logging.tqdm(pages, desc="Registering experts with the device", leave=False):
-            release = streams.pin(part.start, len(part))
-            if release is None:
-                self._unpinned.append(part)
-            else:
-                self._releases.append(release)
+        try:
+            self._register(pages, streams)
+        except BaseException:
+            self.close()  # an interruption must not leave the experts locked in memory
+            raise
         if self._unpinned:
             logger.warning(
                 "%s of %s of experts could not be registered with the device, and are copied on their way",
                 format_size(sum(map(len, self._unpinned))),
                 format_size(sum(map(len, pages))),
             )
+
+    def _register(self, pages: Iterable[range], streams: Streams) -> None:
+        for part in transformers_logging.tqdm(pages, desc="Registering experts with the device", leave=False):
+            release = streams.pin(part.start, len(part))
+            if release is None:
+                self._unpinned.append(part)
+            else:
+                self._releases.append(release)
 
     def image(self, transfer: Transfer) -> SlotImage:
         return self._store.image(transfer.key, transfer.part)
