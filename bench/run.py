@@ -13,8 +13,8 @@ from pathlib import Path
 import record
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("proactive", "resident", "overhead", "core", "offload", "urgent", "disk", "step", "beyond_ram")
-ON_DISK = ("proactive", "offload", "urgent", "disk", "step", "beyond_ram")
+BENCHMARKS = ("proactive", "resident", "overhead", "core", "offload", "urgent", "waiting", "disk", "step", "beyond_ram")
+ON_DISK = ("proactive", "offload", "urgent", "waiting", "disk", "step", "beyond_ram")
 
 
 def main() -> None:

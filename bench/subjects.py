@@ -20,6 +20,18 @@ import promoe_triton
 from promoe_triton.patch._swap import find_experts
 
 
+class Moved:
+    """Bytes that were moved in the background. Several threads may add to it."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes += nbytes
+
+
 class Subject(Protocol):
     """link: what is between experts and slots. experts: over all layers."""
 
@@ -31,8 +43,8 @@ class Subject(Protocol):
         """Give the model in slots, as new."""
         ...
 
-    def streaming(self) -> contextlib.AbstractContextManager[None]:
-        """Keep the link at work in the background, as fast as it goes."""
+    def streaming(self) -> contextlib.AbstractContextManager[Moved]:
+        """Keep the link at work in the background, as fast as it goes; give what it has moved."""
         ...
 
 
@@ -52,7 +64,8 @@ class OnDisk:
         yield load(self._folder, options)
 
     @contextlib.contextmanager
-    def streaming(self) -> Iterator[None]:
+    def streaming(self) -> Iterator[Moved]:
+        moved = Moved()
         files = sorted(self._folder.glob("*.safetensors"))
 
         def read(over: threading.Event) -> None:
@@ -63,11 +76,12 @@ class OnDisk:
                     offset = 0
                     while not over.is_set() and os.preadv(handle, [buffer], offset) == len(buffer):
                         offset += len(buffer)
+                        moved.add(len(buffer))
             for handle in handles:
                 os.close(handle)
 
         with _in_background(read, threads=2):
-            yield
+            yield moved
 
 
 class InMemory:
@@ -90,7 +104,8 @@ class InMemory:
             promoe_triton.unpatch(patched)
 
     @contextlib.contextmanager
-    def streaming(self) -> Iterator[None]:
+    def streaming(self) -> Iterator[Moved]:
+        moved = Moved()
         is_cuda = self.device.type == "cuda"
         source = torch.empty(4 << 20, dtype=torch.uint8, pin_memory=is_cuda)
         target = torch.empty_like(source, device=self.device)
@@ -103,9 +118,10 @@ class InMemory:
                         target.copy_(source, non_blocking=True)
                     if stream:
                         stream.synchronize()
+                    moved.add(8 * len(source))
 
         with _in_background(copy, threads=1):
-            yield
+            yield moved
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,6 +24,13 @@ def take_turns(variants: Mapping[str, Callable[[], float]], repeats: int) -> dic
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """Divide repeat by repeat."""
     return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+    """Return the 95 % interval of the mean, from means of values drawn again (bootstrap), the same every time."""
+    chance = random.Random(0)
+    means = sorted(statistics.fmean(chance.choices(values, k=len(values))) for _ in range(draws))
+    return means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
 
 
 def seconds(action: Callable[[], object]) -> float:

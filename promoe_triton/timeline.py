@@ -16,13 +16,14 @@ MOST = 200_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Something on one lane, from `begin` to `end` in seconds by the link's clock."""
+    """Something on one lane, from `begin` to `end` in seconds by the link's clock. nbytes: copied in it."""
 
     lane: str
     name: str
     kind: str
     begin: float
     end: float
+    nbytes: int = 0
 
 
 class Timeline:
@@ -31,13 +32,13 @@ class Timeline:
     def __init__(self, most: int = MOST) -> None:
         self.spans: deque[Span] = deque(maxlen=most)
 
-    def add(self, lane: str, name: str, kind: str, begin: float, end: float) -> None:
-        self.spans.append(Span(lane=lane, name=name, kind=kind, begin=begin, end=end))
+    def add(self, lane: str, name: str, kind: str, begin: float, end: float, nbytes: int = 0) -> None:
+        self.spans.append(Span(lane=lane, name=name, kind=kind, begin=begin, end=end, nbytes=nbytes))
 
     def copied(self, lane: str, chunk: Chunk, begin: float, end: float) -> None:
         """Add the copying of a chunk."""
         key, kind = chunk.transfer.key, "speculation" if chunk.speculative else "urgent"
-        self.add(lane, f"layer {key.layer} expert {key.expert}", kind, begin, end)
+        self.add(lane, f"layer {key.layer} expert {key.expert}", kind, begin, end, chunk.end - chunk.begin)
 
     def trace(self) -> dict[str, Any]:
         """Return the spans as a Chrome trace, times in microseconds since the first."""
@@ -57,6 +58,7 @@ class Timeline:
                 "ts": (span.begin - start) * 1e6,
                 "dur": (span.end - span.begin) * 1e6,
             }
+            | ({"args": {"bytes": span.nbytes}} if span.nbytes else {})
             for span in spans
         ]
         return {"traceEvents": events, "displayTimeUnit": "ms"}
