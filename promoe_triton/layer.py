@@ -52,6 +52,10 @@ class ProMoEExperts(nn.Module):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.compute(x_TD, expert_ids_TA, weights_TA)
+        if torch.is_inference_mode_enabled():
+            # What a layer keeps from call to call must not be closed to calls outside of that mode.
+            with torch.inference_mode(False):
+                return self.compute(x_TD, expert_ids_TA, weights_TA)
         layer = self._promoe
         if x_TD.device != layer.model.device:
             raise PromoeError(

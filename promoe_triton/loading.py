@@ -56,6 +56,7 @@ _FILE_OPTIONS = (
 )
 
 
+@torch.inference_mode(False)
 def from_pretrained(name: str, config: Config | PreTrainedConfig | None = None, **options: Any) -> PreTrainedModel:
     """Load a Mixture-of-Experts model whose experts never all have to be in memory, and patch it.
 

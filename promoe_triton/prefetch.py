@@ -110,7 +110,8 @@ class Prefetcher:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
         if self._runtime.is_settled or self._hopeless(seen.layer, seen.seam):
             return
-        with self._runtime.inside() as alone:
+        # What a predictor learns it must be able to change in calls outside of inference mode as well.
+        with torch.inference_mode(False), torch.no_grad(), self._runtime.inside() as alone:
             if alone and (ahead := self._look(seen)) is not None:
                 self.speculate(ahead, self._runtime.read(ahead.tensors))
 

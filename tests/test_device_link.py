@@ -259,6 +259,19 @@ def test_from_disk(options: dict[str, Any], io: Any, want: list[Tensor], tmp_pat
     assert equal(logits(model), want)
 
 
+@pytest.mark.parametrize("predictor", ["gate", "token", "history"])
+@pytest.mark.usefixtures("streams")
+def test_inference_mode_and_out_of_it(predictor: str, want: list[Tensor]) -> None:
+    """What was made in inference mode can be written to by whoever is not in it: link threads, later calls."""
+    with torch.inference_mode():
+        model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3, predictor=predictor)
+        assert equal(logits(model), want)
+    assert equal(logits(model), want)
+    with torch.inference_mode():
+        promoe_triton.unpatch(model)
+    assert equal(logits(model), want)
+
+
 @pytest.mark.usefixtures("from_disk")
 def test_converted_on_its_way(want: list[Tensor], tmp_path: Path) -> None:
     build(torch.float32).save_pretrained(tmp_path)

@@ -66,6 +66,7 @@ class PatchedModel(nn.Module):
     def __enter__(self) -> nn.Module:
         return self
 
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Return an independent patched model: own slots, own link, the same store."""
         runtime = self._promoe_runtime
@@ -183,6 +184,7 @@ def find_experts(model: nn.Module) -> dict[str, ExpertLayout]:
     return found
 
 
+@torch.inference_mode(False)
 def patch(model: Model, config: Config | None = None, **options: Any) -> Model:
     """Replace the experts of every MoE block by a ProMoE layer, in place, and return the model.
 
@@ -369,6 +371,7 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), leaf
 
 
+@torch.inference_mode(False)
 def unpatch(model: Model) -> Model:
     """Put the original modules and weights back, in place, and return the model.
 
