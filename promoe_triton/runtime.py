@@ -223,8 +223,8 @@ class LayerRuntime:
     def check_resident(self) -> None:
         """Note when every expert has a slot of its own: from then on nothing can leave."""
         table = self.table
-        if table is not None and len(table) >= self.layout.experts and not self.model.budget.shared:
-            self.resident = all(map(table.is_ready, self.keys))
+        if table is not None and not self.model.budget.shared:
+            self.resident = table.holds(self.keys)
             if self.resident:
                 self.model.check_settled()
 

@@ -6,7 +6,7 @@ test drive one and the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 
 from promoe_triton.protocols import ExpertKey, Policy
 
@@ -37,6 +37,10 @@ class SlotTable:
 
     def is_ready(self, key: ExpertKey) -> bool:
         return key in self._slot_of and key not in self._filling
+
+    def holds(self, keys: Sequence[ExpertKey]) -> bool:
+        """Whether all these experts are ready, in slots enough for all of them."""
+        return len(self) >= len(keys) and all(map(self.is_ready, keys))
 
     def ready(self) -> list[ExpertKey]:
         return [key for key in self._slot_of if key not in self._filling]

@@ -96,6 +96,7 @@ LAYERS = (
     {"layer"},
     {"patch"},
     {"loading"},
+    {"simulation"},
     {"__init__"},
     {"cli"},
     {"__main__"},

@@ -103,12 +103,16 @@ class FakeLink:
     def record(self, timeline: Timeline | None) -> None:
         self._timeline = timeline
 
-    def pass_time(self, seconds: float) -> None:
-        """Let so many virtual seconds pass in which nobody waits."""
-        until = self._time + seconds
-        while self._landings and self._landings[0].at <= until:
+    def pass_time(self, seconds: float, slowed: float = 1.0) -> None:
+        """Let so many virtual seconds pass in which nobody waits, `slowed` times as long while copies are in flight."""
+        while self._landings:
+            until = self._time + seconds * slowed
+            if self._landings[0].at > until:
+                self._time = until
+                return
+            seconds -= max(self._landings[0].at - self._time, 0.0) / slowed
             self._land()
-        self._time = until
+        self._time += seconds
 
     def tell(self, event: Callable[[], R]) -> R:
         if self._closed:

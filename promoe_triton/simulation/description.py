@@ -48,8 +48,8 @@ class Software:
     """How many operations are started where. loop: of transformers' eager code and the like.
 
     layer: for a layer beside its routed experts. call: for a call of the experts, whatever their number. up, down: for
-    the products of one wave. expert_up, expert_down: for those of each of its experts. head: once per pass. predict: for
-    a prediction.
+    the products of one wave. expert_up, expert_down: for those of each of its experts. head: once per pass. predict:
+    for a prediction.
     """
 
     name: str
@@ -109,10 +109,8 @@ def _read(kind: Any, cells: dict[str, Any], file: Path) -> Any:
     if unknown := [name for name in cells if name not in names]:
         raise PromoeError(f"{file} has {', '.join(unknown)}, which nobody reads; there are {', '.join(names)}")
     for field in fields(kind):
-        kinds = {"str": str, "float": (int, float), "bool": bool}.get(str(field.type), dict)
-        if not isinstance(cells[field.name], kinds) or (
-            isinstance(cells[field.name], bool) and field.type != "bool"
-        ):
+        kinds: tuple[type, ...] = {"str": (str,), "float": (int, float), "bool": (bool,)}.get(str(field.type), (dict,))
+        if not isinstance(cells[field.name], kinds) or (isinstance(cells[field.name], bool) and field.type != "bool"):
             raise PromoeError(f"{file}: {field.name} should be a {field.type}, and is {cells[field.name]!r}")
     try:
         return kind(**cells)

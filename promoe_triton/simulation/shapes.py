@@ -73,7 +73,8 @@ class ModelShape:
             return TensorSpec(name=name, part=part, shape=(self.expert_bytes(layer, part),), dtype=torch.uint8)
 
         return [
-            ExpertSpec(tensors=(tensor(i, "up", Part.UP), tensor(i, "down", Part.DOWN))) for i in range(len(self.layers))
+            ExpertSpec(tensors=(tensor(i, "up", Part.UP), tensor(i, "down", Part.DOWN)))
+            for i in range(len(self.layers))
         ]
 
     def needs(self) -> list[LayerNeed]:
@@ -112,7 +113,9 @@ def model_shape(name: str, *, bits: float = 16.0, trust: bool = False) -> ModelS
     except ValueError as reason:
         raise PromoeError(f"{name} cannot be simulated: {reason}") from reason
     layers = tuple(
-        LayerShape(experts=layout.experts, active=A, up_weights=_weights(spec, Part.UP), down_weights=_weights(spec, Part.DOWN))
+        LayerShape(
+            experts=layout.experts, active=A, up_weights=_weights(spec, Part.UP), down_weights=_weights(spec, Part.DOWN)
+        )
         for layout, A, spec in zip(found.values(), active, specs, strict=True)
     )
     routed = sum(shape.experts * shape.weights(Part.WHOLE) for shape in layers)
