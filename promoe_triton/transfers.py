@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -87,9 +87,9 @@ class TransferQueue:
 
         start: takes a slot for a transfer of some rank whose first chunk comes next; False where there is none now.
         """
-        waiting = list(self._waiting.items())
-        if len(waiting) > 1:
-            waiting.sort(key=self._order)
+        waiting: Iterable[tuple[Transfer, _Progress]] = tuple(self._waiting.items())
+        if len(self._waiting) > 1:
+            waiting = sorted(waiting, key=self._order)
         for transfer, progress in waiting:
             most = budget
             if progress.rank != URGENT and speculative_budget is not None:

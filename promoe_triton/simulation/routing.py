@@ -29,6 +29,10 @@ class Routed:
     def __len__(self) -> int:
         return len(self.ids[0])
 
+    def first(self, tokens: int) -> Routed:
+        """Return the first so many tokens."""
+        return Routed(ids=[i[:tokens] for i in self.ids], named=[[i[:tokens] for i in h] for h in self.named])
+
     @property
     def truth(self) -> Routed:
         """The same, with a perfect predictor."""
