@@ -37,7 +37,7 @@ class Length:
 
 
 def development(fitted: Fitted, length: Length, results: record.Results) -> float:
-    """Write the authors' development table, ours beside theirs; return the mean absolute error of what was predicted."""
+    """Write the authors' development table, ours beside theirs; return the mean absolute error of what is predicted."""
     table, rows, errors = published()["development"], [], []
     of = scene("deepseek-moe-16b", fitted, length.texts, 1 + length.tokens)
     for column, choice in DEVELOPMENT.items():
