@@ -32,7 +32,7 @@ class Length:
     """How much is simulated: texts (the first fills the cache), and tokens decoded of each."""
 
     def __init__(self, quick: bool) -> None:
-        self.texts, self.tokens = (2, 8) if quick else (4, 96)
+        self.texts, self.tokens = (2, 8) if quick else (3, 64)
         self.models = PAPER_MODELS[:1] if quick else PAPER_MODELS
 
 
