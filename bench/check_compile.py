@@ -27,12 +27,13 @@ from typing import Any
 # Kernels are compiled here, so they must not be interpreted, whatever the caller's environment says.
 os.environ.pop("TRITON_INTERPRET", None)
 
-import shapes
+import torch
 
 from promoe_triton.kernels.compiled import Compiled, Request, compile_request, request
 from promoe_triton.kernels.devices import devices, work
-from promoe_triton.kernels.launches import Launch, Layer, launches
-from promoe_triton.kernels.rules import RULES, Facts, Verdict, judge, occupancy
+from promoe_triton.kernels.launches import Launch, launches
+from promoe_triton.kernels.rules import RULES, TENSOR, Facts, Verdict, judge, occupancy
+from promoe_triton.kernels.shapes import FURTHER, MAIN, SHAPES, TOKENS, LayerShape
 from promoe_triton.kernels.tiles import TABLE, table_for
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "compiled"
@@ -41,17 +42,37 @@ WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
-    """Where a kernel is launched: by this layer's stage, with so many tokens."""
+class Layer:
+    """What is compiled: a shape, in one type; waves: for some of its experts, as when slots are few."""
 
-    layer: Layer
-    T: int
-    waves: bool
-    launch: Launch
+    shape: LayerShape
+    dtype: torch.dtype = torch.bfloat16
+    waves: bool = False
 
     @property
     def name(self) -> str:
-        return f"{shapes.title(self.layer)}{' in waves' if self.waves else ''}"
+        dtype = {torch.bfloat16: "", torch.float16: " fp16", torch.float32: " fp32"}[self.dtype]
+        return f"{self.shape.name}{dtype}{' in waves' if self.waves else ''}"
+
+
+QWEN3, GPT_OSS = SHAPES["Qwen3-30B"], SHAPES["gpt-oss-20b"]
+LAYERS = (
+    *(Layer(shape=shape) for shape in (*MAIN, *FURTHER)),
+    Layer(shape=QWEN3, dtype=torch.float16),
+    Layer(shape=QWEN3, dtype=torch.float32),
+    Layer(shape=GPT_OSS, dtype=torch.float16),
+    Layer(shape=GPT_OSS, dtype=torch.float32),
+    Layer(shape=QWEN3, waves=True),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """Where a kernel is launched: by a stage of this layer, with so many tokens."""
+
+    layer: Layer
+    T: int
+    launch: Launch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +110,7 @@ class Row:
     def users(self) -> str:
         tokens: dict[str, list[int]] = {}
         for use in self.uses:
-            tokens.setdefault(use.name, []).append(use.T)
+            tokens.setdefault(use.layer.name, []).append(use.T)
         return "; ".join(f"{name} T={','.join(map(str, sorted(set(Ts))))}" for name, Ts in tokens.items())
 
     def _constant(self, name: str) -> int:
@@ -101,12 +122,11 @@ def wanted(targets: Sequence[str], tiles: Path) -> dict[Request, list[Use]]:
     found: dict[Request, list[Use]] = {}
     for target in targets:
         table = table_for(target, tiles)
-        for layer in shapes.LAYERS:
-            for waves in (False, True) if layer == shapes.WAVES else (False,):
-                for T in shapes.TOKENS:
-                    for launch in launches(layer, T, table, waves=waves):
-                        use = Use(layer=layer, T=T, waves=waves, launch=launch)
-                        found.setdefault(request(launch, target), []).append(use)
+        for layer in LAYERS:
+            for T in TOKENS:
+                for launch in launches(layer.shape, T, layer.dtype, table, waves=layer.waves):
+                    use = Use(layer=layer, T=T, launch=launch)
+                    found.setdefault(request(launch, target), []).append(use)
     return found
 
 
@@ -203,23 +223,60 @@ def print_kernels(rows: Sequence[Row]) -> None:
 
 def print_predictions(rows: Sequence[Row], targets: Sequence[str]) -> None:
     """What each stage takes at the device's peaks, and how often its programs fill the device."""
-    of = {(use.name, use.T, use.launch.stage, one.request.target): (one, use) for one in rows for use in one.uses}
+    of = {(use.layer, use.T, use.launch.stage, one.request.target): (one, use) for one in rows for use in one.uses}
     for target in targets:
         device = devices()[target]
         print(f"\nAt best on {target}, {device.device} ({device.source}): microseconds, and how often programs fill it")
-        for layer in shapes.LAYERS:
-            for T in shapes.TOKENS:
-                stages = work(layer, T)
+        for layer in LAYERS:
+            if layer.waves:
+                continue
+            for T in TOKENS:
+                stages = work(layer.shape, T, layer.dtype)
                 seconds = {stage: one.seconds(device, layer.dtype) for stage, one in stages.items()}
                 parts = []
                 for stage, least in seconds.items():
-                    found = of.get((shapes.title(layer), T, stage, target))
+                    found = of.get((layer, T, stage, target))
                     fill = ""
                     if found and found[0].blocks:
                         one, use = found
                         fill = f" ({use.launch.grid / (one.blocks * device.processors):.1f}x)"
                     parts.append(f"{stage} {least * 1e6:.1f}{fill}")
-                print(f"  {shapes.title(layer):18} T={T:<5} {sum(seconds.values()) * 1e6:9.1f}  =  {', '.join(parts)}")
+                print(f"  {layer.name:18} T={T:<5} {sum(seconds.values()) * 1e6:9.1f}  =  {', '.join(parts)}")
+
+
+def print_markdown(rows: Sequence[Row], targets: Sequence[str]) -> None:
+    """What the README shows: the products by target, and the least times of some shapes."""
+    print("| target | kernel | versions | registers | spills | shared memory, most | products by | weights by |")
+    print("|---|---|---|---|---|---|---|---|")
+    for target in targets:
+        for form in ("rows", "grouped"):
+            found = [one for one in rows if one.request.target == target and one.title.startswith(form)]
+            of = [one.compiled for one in found if one.compiled]
+            registers = sorted(c.registers for c in of)
+            spills = sum(c.spills + c.stack for c in of)
+            shared = max(c.shared for c in of) / 1024
+            by = " or ".join(used) if (used := [name for name in TENSOR if any(c.counts.get(name) for c in of)]) else ""
+            name = "single rows" if form == "rows" else "grouped rows"
+            print(
+                f"| {target} | {name} | {len(of)} | {registers[0]} to {registers[-1]} | {spills} | {shared:.0f} KiB "
+                f"| {by or 'FMA'} | {carried(of)} |"
+            )
+    tokens = (1, 16, 512, 8192)
+    print(f"\n| microseconds at best | {' | '.join(f'T = {T}' for T in tokens)} |\n|---|{'---|' * len(tokens)}")
+    for layer in LAYERS[: len(MAIN)]:
+        for target in targets:
+            device = devices()[target]
+            times = []
+            for T in tokens:
+                stages = work(layer.shape, T, layer.dtype).values()
+                times.append(f"{sum(stage.seconds(device, layer.dtype) for stage in stages) * 1e6:.0f}")
+            print(f"| {layer.name}, {device.device} | {' | '.join(times)} |")
+
+
+def carried(found: Sequence[Compiled]) -> str:
+    """How weights come to the products: the widest copies or loads that all of these kernels have."""
+    names = {"tma": "TMA", "cp.async 16": "16-byte cp.async", "load 16": "128-bit loads"}
+    return " or ".join(text for name, text in names.items() if all(c.counts.get(name) for c in found)) or "other loads"
 
 
 def as_json(rows: Sequence[Row], targets: Sequence[str]) -> str:
@@ -238,12 +295,13 @@ def as_json(rows: Sequence[Row], targets: Sequence[str]) -> str:
         for one in rows
     ]
     predictions = [
-        {"target": target, "layer": shapes.title(layer), "T": T, "stage": stage}
+        {"target": target, "layer": layer.name, "T": T, "stage": stage}
         | {"bytes": one.bytes, "flops": one.flops, "seconds": one.seconds(devices()[target], layer.dtype)}
         for target in targets
-        for layer in shapes.LAYERS
-        for T in shapes.TOKENS
-        for stage, one in work(layer, T).items()
+        for layer in LAYERS
+        if not layer.waves
+        for T in TOKENS
+        for stage, one in work(layer.shape, T, layer.dtype).items()
     ]
     return json.dumps({"kernels": kernels, "predictions": predictions}, indent=1)
 
@@ -255,6 +313,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sample", type=float, default=1.0, help="compile only this share of the kernels (0.1)")
     parser.add_argument("--seed", type=int, default=0, help="which ones --sample takes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--markdown", action="store_true", help="print the README's tables")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where results are kept (default: %(default)s)")
     parser.add_argument("--broken", action="store_true", help="show only kernels that break a rule")
     return parser.parse_args()
@@ -280,6 +339,8 @@ def main() -> None:
     broken = [one for one in rows if one.verdict.broken]
     if args.json:
         print(as_json(rows, args.target))
+    elif args.markdown:
+        print_markdown(rows, args.target)
     else:
         print_kernels(broken if args.broken else rows)
         if not args.broken:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from subjects import Subject
+from timing import settle
 
 import promoe_triton
 from promoe_triton.counters import Ahead, Stats
@@ -50,45 +50,45 @@ class Run:
 
 def timed(model: Any, steps: int, action: Callable[[], object]) -> Run:
     before = promoe_triton.stats(model)
+    settle(model.device)
     began = time.perf_counter()
     action()
+    settle(model.device)
     seconds = time.perf_counter() - began
     return Run(steps=steps, seconds=seconds, before=before, after=promoe_triton.stats(model))
 
 
 class Decoder:
-    """Texts of equal length side by side, decoded as they stand."""
+    """Texts of equal length side by side, decoded as they stand. greedy: what each step would have gone on with."""
 
     def __init__(self, model: Any, ids: Sequence[Sequence[int]]) -> None:
         self._model = model
-        self._columns = iter(torch.tensor(ids).T.contiguous()[:, :, None])
+        self._columns = iter(torch.tensor(ids, device=model.device).T.contiguous()[:, :, None])
         self._cache: Any = None
+        self.greedy: list[torch.Tensor] = []
 
     @torch.inference_mode()
     def step(self, tokens: int) -> None:
         for _ in range(tokens):
             out = self._model(next(self._columns), past_key_values=self._cache, use_cache=True)
             self._cache = out.past_key_values
+            self.greedy.append(out.logits[:, -1].argmax(-1))
 
 
-def decode(folder: Path, options: Mapping[str, Any], ids: Sequence[Sequence[int]], warm_up: int) -> Run:
-    """Load a model, decode texts side by side, and time all but the first `warm_up` tokens of each."""
-    gc.collect()
-    model = load(folder, options)
-    decoder, tokens = Decoder(model, ids), len(ids[0]) - warm_up
-    decoder.step(warm_up)
-    return timed(model, tokens, lambda: decoder.step(tokens))
+def decode(subject: Subject, options: Mapping[str, Any], ids: Sequence[Sequence[int]], warm_up: int) -> Run:
+    """Open a model, decode texts side by side, and time all but the first `warm_up` tokens of each."""
+    with subject.opened(options) as model:
+        decoder, tokens = Decoder(model, ids), len(ids[0]) - warm_up
+        decoder.step(warm_up)
+        return timed(model, tokens, lambda: decoder.step(tokens))
 
 
 @torch.inference_mode()
-def prefill(folder: Path, options: Mapping[str, Any], earlier: Sequence[int], prompt: Sequence[int]) -> tuple[Run, Run]:
-    """Load a model and time a first prompt, and one after it."""
-    gc.collect()
-    model = load(folder, options)
-    runs = [timed(model, 1, lambda ids=ids: model(torch.tensor([ids]))) for ids in (earlier, prompt)]  # type: ignore[misc]
-    return runs[0], runs[1]
-
-
-def load(folder: Path, options: Mapping[str, Any]) -> Any:
-    """Return the model in slots, read past the page cache unless told otherwise."""
-    return promoe_triton.from_pretrained(str(folder), **{"io": "direct"} | dict(options))
+def prefill(
+    subject: Subject, options: Mapping[str, Any], earlier: Sequence[int], prompt: Sequence[int]
+) -> tuple[Run, Run]:
+    """Open a model and time a first prompt, and one after it."""
+    with subject.opened(options) as model:
+        texts = [torch.tensor([ids], device=model.device) for ids in (earlier, prompt)]
+        first, second = (timed(model, 1, lambda text=text: model(text)) for text in texts)  # type: ignore[misc]
+        return first, second

@@ -320,6 +320,39 @@ def share(rows: Sequence[Row], way: str) -> Row | None:
     return next((r for r in rows if r.variant == way and r.unit == "share of best"), None)
 
 
+def others(rows: Sequence[Row]) -> Figure:
+    """Draw the time of each way over its share of experts on the device."""
+    return times_of(rows, "ms/token", "Beside other ways to keep some experts on the GPU")
+
+
+def layers(rows: Sequence[Row]) -> Figure:
+    """Draw the time of layers of real shapes, and below it, dashed, that of their copies."""
+    return times_of(rows, "ms/pass", "Layers of real shapes, random weights, recorded routing")
+
+
+def times_of(rows: Sequence[Row], unit: str, title: str) -> Figure:
+    cases = unique([r.case for r in rows if r.metric == "time"])
+    columns = min(len(cases), 4)
+    lines_ = -(-len(cases) // columns)
+    size = (max(3.6 * columns + 1, 8.5), 2.9 * lines_ + 0.6)
+    figure, panels = plt.subplots(lines_, columns, figsize=size, layout="constrained", squeeze=False)
+    for spare in panels.flat[len(cases) :]:
+        spare.set_visible(False)
+    for axes, case in zip(panels.flat, cases, strict=False):
+        found = [r for r in rows if r.case == case and r.metric == "time"]
+        for i, r in enumerate(found):
+            bars(axes, [i], [r], 0.6, BLUE if r.variant.startswith((OURS, "preemption")) else GREY, "")
+            number(axes, i, r, f"{r.p50:.3g}")
+            if copies := find(rows, case, r.variant, "link"):
+                axes.hlines(copies.p50, i - 0.35, i + 0.35, color=RED, lw=1.2, ls="--")
+        axes.set_xticks(range(len(found)), [r.variant.replace(", ", ",\n") for r in found], fontsize=6)
+        axes.set_title(case, fontsize=8)
+        axes.set_ylabel(unit)
+        axes.margins(y=0.15)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "resident": resident,
     "overhead": overhead,
@@ -328,22 +361,26 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "beyond_ram": beyond_ram,
     "proactive": proactive,
     "urgent": urgent,
+    "others": others,
+    "layers": layers,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the figures from the CSV, beside them.")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder with the CSV")
+    parser.add_argument("--out", type=Path, help="folder with the CSV (default: all of bench/results)")
     args = parser.parse_args()
-    for name, draw in FIGURES.items():
-        path = args.out / f"{name}.csv"
-        rows = latest(path)
-        if rows:
+    folders = [args.out] if args.out else sorted(path for path in RESULTS.parent.iterdir() if path.is_dir())
+    for path in (path for folder in folders for path in sorted(folder.glob("*.csv"))):
+        # A link or a size of its own has a file of its own: proactive-25gbps.csv.
+        draw = FIGURES.get(path.stem.partition("-")[0])
+        rows = [row for row in latest(path) if row.metric not in ("failed", "cannot run")]
+        if draw is not None and rows:
             figure = draw(rows)
             provenance(figure, path)
             figure.savefig(path.with_suffix(".png"), dpi=140)
             plt.close(figure)
-            print(f"drew {path.with_suffix('.png').name}")
+            print(f"drew {path.parent.name}/{path.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@ variant is a step of the ablation, or all techniques with another predictor.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import record
-from decoding import Decoder, Run, decode, load, prefill, timed
-from models import MODEL, large_checkpoint, prompts, sizes
+from decoding import Decoder, Run, decode, prefill, timed
+from models import MODEL, large_checkpoint, prompts
+from subjects import OnDisk, Subject
 from timing import ratios, take_turns
 
 EXPERT_BYTES, LARGE, SMALL = 9_400_000, 17_300_000, 2_400_000
@@ -25,6 +24,7 @@ SHARES = (0.5, 0.75, 0.25, 0.375, 0.125)
 NO_PREDICTION = "preemption + reorder, no prediction"
 STEPS = ("lru", "static", "+prefetch", "+chunks", "+preemption", "all", NO_PREDICTION)
 SLOW = "250MB/s"
+WHOLE_LAYERS = "decode, whole layers, 50.0% in slots"
 
 
 def options(variant: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def texts(length: Length, batch: int = 1) -> list[list[list[int]]]:
 
 
 def compare(
-    folder: Path, variants: Sequence[str], length: Length, batch: int = 1, **common: Any
+    subject: Subject, variants: Sequence[str], length: Length, batch: int = 1, **common: Any
 ) -> dict[str, list[Run]]:
     """Let the variants take turns, a text per repeat."""
     runs: dict[str, list[Run]] = {variant: [] for variant in variants}
@@ -61,7 +61,7 @@ def compare(
 
     def run(variant: str) -> float:
         ids = texts(length, batch)[len(runs[variant])]
-        runs[variant].append(decode(folder, common | options(variant), ids, length.warm_up))
+        runs[variant].append(decode(subject, common | options(variant), ids, length.warm_up))
         return runs[variant][-1].per_step
 
     take_turns({variant: lambda variant=variant: run(variant) for variant in variants}, length.repeats)  # type: ignore[misc]
@@ -107,32 +107,41 @@ def speedup(
     return record.row(case, f"{ours} / {over}", "speed", "x", values, target=target)
 
 
-def ablation(folder: Path, results: record.Results, quick: bool) -> None:
-    length = Length(warm_up=4, tokens=4, repeats=2) if quick else Length(warm_up=32, tokens=64, repeats=3)
-    experts = sizes(folder).experts
-    for share in SHARES[:1] if quick else SHARES:
-        case = f"decode, {share:.1%} in slots"
-        if results.has(case):
-            continue
-        results.begin()
-        slots = round(experts * share)
-        runs = compare(folder, STEPS, length, slots=slots)
-        rows = rows_of(case, runs)
-        for variant in STEPS[1:]:
-            target = {0.5: 1.25, 0.75: 1.25}.get(share, 1.0) if variant == "all" else None
-            rows.append(speedup(case, runs, variant, "lru", target))
-        rows.append(speedup(case, runs, "all", NO_PREDICTION))
-        rows += limits(folder, case, runs, slots, length)
-        results.write(rows)
+def ablation(
+    subject: Subject,
+    results: record.Results,
+    share: float,
+    length: Length,
+    targets: Mapping[float, float],
+    **common: Any,
+) -> None:
+    """Measure every step. targets: what speed of all over lru is wanted at which share of experts in slots."""
+    case = ablation_case(share)
+    if results.has(case):
+        return
+    results.begin()
+    slots = round(subject.experts * share)
+    runs = compare(subject, STEPS, length, slots=slots, **common)
+    rows = rows_of(case, runs)
+    for variant in STEPS[1:]:
+        rows.append(speedup(case, runs, variant, "lru", targets.get(share) if variant == "all" else None))
+    rows.append(speedup(case, runs, "all", NO_PREDICTION))
+    results.write(rows + limits(subject, case, runs, share, length))
 
 
-def limits(folder: Path, case: str, runs: Mapping[str, Sequence[Run]], slots: int, length: Length) -> list[record.Row]:
+def ablation_case(share: float) -> str:
+    return f"decode, {share:.1%} in slots"
+
+
+def limits(
+    subject: Subject, case: str, runs: Mapping[str, Sequence[Run]], share: float, length: Length
+) -> list[record.Row]:
     """Say how much of the time that could be hidden was: (T_lru - T) / (T_lru - T_limit).
 
     T_limit is what computing takes with everything resident, or what moving the bytes takes that layers missed,
     whichever is longer; each is measured while the other runs.
     """
-    resident, alone = resident_seconds(folder, length)
+    resident, alone = resident_seconds(subject, length)
     bandwidth = [run.counted("bytes_read") / max(run.counted("link_seconds"), 1e-9) for run in runs["all"]]
     useful = [run.counted("bytes_read") - run.ahead.bytes_wasted for run in runs["all"]]
     moving = [nbytes / rate / run.steps for nbytes, rate, run in zip(useful, bandwidth, runs["all"], strict=True)]
@@ -140,104 +149,103 @@ def limits(folder: Path, case: str, runs: Mapping[str, Sequence[Run]], slots: in
         (lru.per_step - run.per_step) / (lru.per_step - max(resident, moved))
         for lru, run, moved in zip(runs["lru"], runs["all"], moving, strict=True)
     ]
-    target = 0.6 if slots >= 256 else None
+    target = 0.6 if share >= 0.5 else None
     return [
         record.row(case, "resident", "time", "ms/token", [alone * 1e3], better="lower"),
-        record.row(case, "resident, the disk streaming", "time", "ms/token", [resident * 1e3], better="lower"),
+        record.row(case, f"resident, {subject.link} streaming", "time", "ms/token", [resident * 1e3], better="lower"),
         record.row(case, "moving what was missed", "time", "ms/token", [m * 1e3 for m in moving], better="lower"),
         record.row(case, "all", "hidden", "share", hidden, target=target),
         record.row(case, "all", "bandwidth", "GB/s", [rate / 1e9 for rate in bandwidth]),
     ]
 
 
-_resident: dict[Path, tuple[float, float]] = {}
+_resident: WeakKeyDictionary[Subject, tuple[float, float]] = WeakKeyDictionary()
 
 
-def resident_seconds(folder: Path, length: Length) -> tuple[float, float]:
-    """Return seconds per token with every expert in a slot: while the disk streams, and alone."""
-    if folder not in _resident:
-        model = load(folder, {"slots": 1.0})
-        ids = prompts(MODEL, 1, 8 + 4 * max(length.tokens // 4, 2))[0]
-        decoder, tokens = Decoder(model, [ids]), max(length.tokens // 4, 2)
-        decoder.step(8)
+def resident_seconds(subject: Subject, length: Length) -> tuple[float, float]:
+    """Return seconds per token with every expert in a slot: while the link streams, and alone."""
+    if subject not in _resident:
+        tokens = max(length.tokens // 4, 2)
         streaming, alone = [], []
-        for _ in range(2):
-            alone.append(timed(model, tokens, lambda: decoder.step(tokens)).per_step)
-            with stream(folder):
-                streaming.append(timed(model, tokens, lambda: decoder.step(tokens)).per_step)
-        _resident[folder] = min(streaming), min(alone)
-    return _resident[folder]
+        with subject.opened({"slots": 1.0}) as model:
+            decoder = Decoder(model, prompts(MODEL, 1, 8 + 4 * tokens))
+            decoder.step(8)
+            for _ in range(2):
+                alone.append(timed(model, tokens, lambda: decoder.step(tokens)).per_step)
+                with subject.streaming():
+                    streaming.append(timed(model, tokens, lambda: decoder.step(tokens)).per_step)
+        _resident[subject] = min(streaming), min(alone)
+    return _resident[subject]
 
 
-@contextlib.contextmanager
-def stream(folder: Path) -> Iterator[None]:
-    """Read the checkpoint past the page cache in the background, as fast as the disk gives it."""
-    import mmap
-
-    over = threading.Event()
-    files = sorted(folder.glob("*.safetensors"))
-
-    def read() -> None:
-        buffer = mmap.mmap(-1, 4 << 20)
-        handles = [os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files]
-        while not over.is_set():
-            for handle in handles:
-                offset = 0
-                while not over.is_set() and os.preadv(handle, [buffer], offset) == len(buffer):
-                    offset += len(buffer)
-        for handle in handles:
-            os.close(handle)
-
-    threads = [threading.Thread(target=read) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-
-
-def whole_layers(folder: Path, results: record.Results, quick: bool) -> None:
+def whole_layers(subject: Subject, results: record.Results, length: Length, **common: Any) -> None:
     """Offloading by whole layers moves every expert for every token: a few tokens tell enough."""
-    case = "decode, whole layers, 50.0% in slots"
+    if not results.has(WHOLE_LAYERS):
+        results.begin()
+        runs = compare(subject, ("layer", "all"), length, slots=subject.experts // 2, **common)
+        results.write([*rows_of(WHOLE_LAYERS, runs), speedup(WHOLE_LAYERS, runs, "all", "layer")])
+
+
+def prompt_after_another(
+    subject: Subject, results: record.Results, tokens: int, repeats: int, share: float = 0.5, **common: Any
+) -> None:
+    case = prompt_case(tokens, share)
     if results.has(case):
         return
-    results.begin()
-    length = Length(warm_up=2, tokens=2 if quick else 6, repeats=2)
-    runs = compare(folder, ("layer", "all"), length, slots=sizes(folder).experts // 2)
-    results.write([*rows_of(case, runs), speedup(case, runs, "all", "layer")])
-
-
-def prompts_after_another(folder: Path, results: record.Results, quick: bool) -> None:
     variants = ("lru", "+prefetch", "+preemption", "all", NO_PREDICTION)
-    repeats = 2 if quick else 3
-    slots = sizes(folder).experts // 2
-    for tokens in (16,) if quick else (128, 512, 2048):
-        case = f"prefill, {tokens} tokens, 50.0% in slots"
-        if results.has(case):
-            continue
+    slots = round(subject.experts * share)
+    results.begin()
+    found = prompts(MODEL, 2 * repeats, tokens)
+    first: dict[str, list[Run]] = {variant: [] for variant in variants}
+    runs: dict[str, list[Run]] = {variant: [] for variant in variants}
+
+    def run(variant: str) -> float:
+        earlier, prompt = found[2 * len(runs[variant])], found[2 * len(runs[variant]) + 1]
+        cold, warm = prefill(subject, common | {"slots": slots} | options(variant), earlier, prompt)
+        first[variant].append(cold)
+        runs[variant].append(warm)
+        return warm.seconds
+
+    take_turns({variant: lambda variant=variant: run(variant) for variant in variants}, repeats)  # type: ignore[misc]
+    rows = rows_of(case, runs, "ms")
+    for variant in variants:
+        cold = [run.seconds * 1e3 for run in first[variant]]
+        rows.append(record.row(case, variant, "first prompt", "ms", cold, better="lower"))
+    for variant in variants[1:]:
+        rows.append(speedup(case, runs, variant, "lru", 2.0 if variant == "all" else None))
+    results.write(rows)
+
+
+def prompt_case(tokens: int, share: float = 0.5) -> str:
+    return f"prefill, {tokens} tokens, {share:.1%} in slots"
+
+
+def two_of_them(
+    subject: Subject, results: record.Results, case: str, length: Length, batch: int | None = None, **common: Any
+) -> None:
+    """Measure lru and all with half of the experts in slots. batch: texts side by side; None: one."""
+    if not results.has(case):
         results.begin()
-        found = prompts(MODEL, 2 * repeats, tokens)
-        first: dict[str, list[Run]] = {variant: [] for variant in variants}
-        runs: dict[str, list[Run]] = {variant: [] for variant in variants}
+        runs = compare(subject, ("lru", "all"), length, batch or 1, slots=subject.experts // 2, **common)
+        unit = "ms/token" if batch is None else "ms/step"
+        results.write([*rows_of(case, runs, unit), speedup(case, runs, "all", "lru", 1.0)])
 
-        def run(variant: str, found: list[list[int]] = found, first: Any = first, runs: Any = runs) -> float:
-            earlier, prompt = found[2 * len(runs[variant])], found[2 * len(runs[variant]) + 1]
-            cold, warm = prefill(folder, {"slots": slots} | options(variant), earlier, prompt)
-            first[variant].append(cold)
-            runs[variant].append(warm)
-            return warm.seconds
 
-        take_turns({variant: lambda variant=variant, run=run: run(variant) for variant in variants}, repeats)  # type: ignore[misc]
-        rows = rows_of(case, runs, "ms")
-        for variant in variants:
-            cold = [run.seconds * 1e3 for run in first[variant]]
-            rows.append(record.row(case, variant, "first prompt", "ms", cold, better="lower"))
-        for variant in variants[1:]:
-            rows.append(speedup(case, runs, variant, "lru", 2.0 if variant == "all" else None))
-        results.write(rows)
+def batch_case(batch: int) -> str:
+    return f"decode, batch {batch}, 50.0% in slots"
+
+
+def chance(subject: Subject, results: record.Results, link: str, length: Length, **common: Any) -> None:
+    """Predictions that are no better than chance must cost nothing: paired runs on a link."""
+    case = chance_case(link)
+    if not results.has(case):
+        results.begin()
+        runs = compare(subject, ("random", NO_PREDICTION), length, slots=subject.experts // 2, **common)
+        results.write([*rows_of(case, runs), speedup(case, runs, "random", NO_PREDICTION, 0.98)])
+
+
+def chance_case(link: str) -> str:
+    return f"decode, chance, 50.0% in slots, {link}"
 
 
 def expert_sizes(results: record.Results, scratch: Path | None, quick: bool) -> None:
@@ -247,38 +255,27 @@ def expert_sizes(results: record.Results, scratch: Path | None, quick: bool) -> 
         if results.has(case):
             continue
         with large_checkpoint(MODEL, scratch, nbytes // 8 if quick else nbytes, case) as folder:
-            results.begin()
-            runs = compare(folder, ("lru", "all"), length, slots=sizes(folder).experts // 2)
-            results.write([*rows_of(case, runs), speedup(case, runs, "all", "lru", 1.0)])
+            two_of_them(OnDisk(folder), results, case, length)
 
 
-def batches(folder: Path, results: record.Results, quick: bool) -> None:
-    length = Length(warm_up=2, tokens=4, repeats=2) if quick else Length(warm_up=8, tokens=24, repeats=3)
+def everything(subject: Subject, results: record.Results, quick: bool) -> None:
+    """Measure what there is to measure with experts of one size, the most important first."""
+
+    def length(warm_up: int, tokens: int, repeats: int) -> Length:
+        return (
+            Length(warm_up=4, tokens=4, repeats=2) if quick else Length(warm_up=warm_up, tokens=tokens, repeats=repeats)
+        )
+
+    for share in SHARES[:1] if quick else SHARES:
+        ablation(subject, results, share, length(32, 64, 3), dict.fromkeys(SHARES, 1.0) | {0.5: 1.25, 0.75: 1.25})
+    for tokens in (16,) if quick else (128, 512, 2048):
+        prompt_after_another(subject, results, tokens, 2 if quick else 3)
+    chance(subject, results, "the disk", length(16, 24, 6))
+    chance(subject, results, f"the disk at {SLOW}", length(4, 12, 4), bandwidth=SLOW)
+    chance(subject, results, "the page cache", length(16, 24, 6), io="buffered")
     for batch in (1, 2, 4, 8):
-        case = f"decode, batch {batch}, 50.0% in slots"
-        if not results.has(case):
-            results.begin()
-            runs = compare(folder, ("lru", "all"), length, batch, slots=sizes(folder).experts // 2)
-            results.write([*rows_of(case, runs, "ms/step"), speedup(case, runs, "all", "lru", 1.0)])
-
-
-def chance(folder: Path, results: record.Results, quick: bool) -> None:
-    """Predictions that are no better than chance must cost nothing: paired runs on links of three speeds."""
-    links: dict[str, dict[str, Any]] = {
-        "the disk": {},
-        f"the disk at {SLOW}": {"bandwidth": SLOW},
-        "the page cache": {"io": "buffered"},
-    }
-    for name, link in links.items():
-        case = f"decode, chance, 50.0% in slots, {name}"
-        if results.has(case):
-            continue
-        results.begin()
-        length = Length(warm_up=2, tokens=4, repeats=2) if quick else Length(warm_up=16, tokens=24, repeats=6)
-        if link.get("bandwidth"):
-            length = Length(warm_up=4, tokens=length.tokens // 2, repeats=length.repeats // 2 + 1)
-        runs = compare(folder, ("random", NO_PREDICTION), length, slots=sizes(folder).experts // 2, **link)
-        results.write([*rows_of(case, runs), speedup(case, runs, "random", NO_PREDICTION, 0.98)])
+        two_of_them(subject, results, batch_case(batch), length(8, 24, 3), batch)
+    whole_layers(subject, results, length(2, 6, 2))
 
 
 def main() -> None:
@@ -289,8 +286,7 @@ def main() -> None:
     results = record.results(args, "proactive")
     nbytes = 1_100_000 if args.quick else EXPERT_BYTES
     with large_checkpoint(MODEL, args.scratch, nbytes, "a checkpoint with large experts") as folder:
-        for part in (ablation, prompts_after_another, chance, batches, whole_layers):
-            part(folder, results, args.quick)
+        everything(OnDisk(folder), results, args.quick)
     expert_sizes(results, args.scratch, args.quick)
 
 

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import version
@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu"
 CORES = 2
+PLACE = ("device", "driver", "torch", "triton", "transformers")
+"""Columns in which rows agree that were measured on the same thing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +129,13 @@ def wait_for_quiet(most: float = 0.25, patience: float = 1800.0) -> None:
 class Results:
     """One benchmark's CSV. What is measured again is appended: the last row of a kind is the one that counts."""
 
-    def __init__(self, folder: Path, name: str, force: bool = False, wait: bool = False) -> None:
+    def __init__(
+        self, folder: Path, name: str, force: bool = False, wait: bool = False, about: Mapping[str, str] | None = None
+    ) -> None:
+        """Open a file. about: what its rows say of where and when; rows of elsewhere do not count. None: this CPU."""
         self.path = folder / f"{name}.csv"
         self._force, self._wait = force, wait
+        self._about = about
         self._since = Usage.now()
 
     def begin(self) -> None:
@@ -142,7 +148,9 @@ class Results:
         """Whether to skip this case because its rows are there already."""
         if self._force or not self.path.exists():
             return False
-        return any(r["case"] == case and metric in (None, r["metric"]) for r in read(self.path))
+        rows = [row for row in read(self.path) if row["case"] == case and metric in (None, row["metric"])]
+        about = self._about or {}
+        return any(all(row[name] == about[name] for name in PLACE if name in about) for row in rows)
 
     def write(self, rows: Iterable[Row]) -> None:
         """Append the rows of a finished case, and show them."""
@@ -150,16 +158,17 @@ class Results:
         fresh = not self.path.exists()
         now = Usage.now()
         others = f"{now.others(self._since):.2f}"
+        about = self._about or provenance()
         self._since = now
         names = [field.name for field in fields(Row)]
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if fresh:
-                writer.writerow([*names, *provenance(), "others"])
+                writer.writerow([*names, *about, "others"])
             for result in rows:
                 values = [getattr(result, name) for name in names]
                 cells = [f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in values]
-                writer.writerow([*cells, *provenance().values(), others])
+                writer.writerow([*cells, *about.values(), others])
                 print(result.line(), flush=True)
 
 
@@ -201,7 +210,6 @@ def provenance() -> dict[str, str]:
 
     The last column, `others`, is how many cores other programs kept at work meanwhile: near 0 on a quiet machine.
     """
-    now = datetime.datetime.now(datetime.UTC)
     return {
         "device": device(),
         "threads": str(CORES),
@@ -209,15 +217,22 @@ def provenance() -> dict[str, str]:
         "torch": version("torch"),
         "transformers": version("transformers"),
         "accelerate": version("accelerate"),
-        "commit": _commit(),
-        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "date": now(),
     }
 
 
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=8"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def commit() -> str:
+    """Return the commit of this tree; "unknown" in a copy without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=8"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

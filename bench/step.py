@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import record
-from decoding import Decoder, load
+from decoding import Decoder
 from models import MODEL, large_checkpoint, prompts, sizes
+from subjects import load
 
 import promoe_triton
 from promoe_triton.timeline import Span, Timeline

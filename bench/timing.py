@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 
 def take_turns(variants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Call every variant once per repeat, each time beginning with another one; return what they returned."""
@@ -26,3 +28,9 @@ def seconds(action: Callable[[], object]) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

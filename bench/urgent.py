@@ -7,10 +7,12 @@ size (three latency budgets), at a fixed size, by tensor as in the paper, and no
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import record
@@ -18,13 +20,12 @@ from models import MODEL, large_checkpoint, open_store
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.core import Core
-from promoe_triton.links.filling import SlotFiller
+from promoe_triton.links.filling import Filler, SlotFiller
 from promoe_triton.links.threads import ThreadedLink
 from promoe_triton.memory import SlotMemory
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import ExpertKey, Part
+from promoe_triton.protocols import Chunk, ExpertKey, Part
 from promoe_triton.slots import SlotTable
-from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.timeline import Timeline
 
 DEPTH, LONGEST, SLOTS, AHEAD = 4, 4 << 20, 24, 12
@@ -40,43 +41,61 @@ WAYS = {
 DEFAULT = "adaptive, 4 ms (default)"
 
 
-class Traffic:
-    """One link with everything that goes over it. delays: from asking for an expert to the start of its first chunk."""
+class Copies(Timeline):
+    """Every chunk with the times at which a thread took it and was done with it."""
 
-    def __init__(self, store: CheckpointStore, chunking: Chunking, seed: int) -> None:
-        layers, slot_bytes = len(store.specs), store.slot_bytes(0, 64)
-        memory = SlotMemory(layers * SLOTS, slot_bytes)
-        self.link = ThreadedLink(
-            SlotFiller(store, [memory] * layers, direct=True), depth=DEPTH, chunking=chunking, timeout=60.0
-        )
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunks: deque[tuple[Chunk, float, float]] = deque(maxlen=10_000)
+
+    def copied(self, lane: str, chunk: Chunk, begin: float, end: float) -> None:
+        self.chunks.append((chunk, begin, end))
+
+
+class Traffic:
+    """One link with everything that goes over it: so many layers of so many experts each.
+
+    delays: from asking for an expert to the start of its first chunk. queueing: copies wait for each other behind the
+    thread that took them, as a GPU's copy engine lets them: a chunk starts as long before its end as it takes alone.
+    """
+
+    def __init__(
+        self, filler: Filler, layers: int, experts: int, chunking: Chunking, seed: int, queueing: bool
+    ) -> None:
+        self.link = ThreadedLink(filler, depth=DEPTH, chunking=chunking, timeout=60.0)
         tables = [SlotTable(range(i * SLOTS, (i + 1) * SLOTS), make_policy("lru", {})) for i in range(layers)]
         self.core = Core(tables, self.link.cuts, overtake=chunking.overtake)
         self.link.restart(self.core)
-        self.timeline = Timeline()
-        self.link.record(self.timeline)
+        self._copies = Copies()
+        self.link.record(self._copies)
         self._random = random.Random(seed)
-        self._urgent_layer = layers - 1
+        self._urgent_layer, self._experts = layers - 1, experts
+        self._queueing = queueing
+        self._quiet: list[float] = []
+        self.rates: list[float] = []
         self.delays: list[float] = []
         self.waits: list[float] = []
 
     def _absent(self, layer: int, count: int) -> list[ExpertKey]:
         ready = {*self.core.tables[layer].ready()}
-        absent = [key for e in range(64) if (key := ExpertKey(layer, e)) not in ready]
+        absent = [key for e in range(self._experts) if (key := ExpertKey(layer, e)) not in ready]
         return self._random.sample(absent, count)
 
-    def round(self, layer: int, urgent: int) -> float:
-        """Copy experts ahead for a layer, ask for `urgent` others meanwhile; return bytes per second."""
+    def round(self, layer: int, urgent: int) -> None:
+        """Copy experts ahead for a layer, and ask for `urgent` others meanwhile, which needs a round without before."""
         link, core = self.link, self.core
         moved, busy = link.bytes_moved, link.busy_seconds
         ahead = self._absent(layer, AHEAD)
         link.tell(lambda: core.predict(core.position_of(layer, 0), ahead, float("inf")))
         for _ in range(urgent):
-            time.sleep(self._random.uniform(0.005, 0.015))
+            time.sleep(self._random.uniform(0.08, 0.25) * statistics.median(self._quiet))
             self._ask(self._absent(self._urgent_layer, 1)[0])
         while link.tell(lambda: len([*core.queue])):
             time.sleep(0.001)
         link.tell(lambda: core.release(core.gate(layer, [key.expert for key in ahead]).resident))
-        return (link.bytes_moved - moved) / (link.busy_seconds - busy)
+        if not urgent:
+            self._quiet.append(link.busy_seconds - busy)
+            self.rates.append((link.bytes_moved - moved) / self._quiet[-1])
 
     def _ask(self, key: ExpertKey) -> None:
         core, asked = self.core, time.perf_counter()
@@ -84,43 +103,59 @@ class Traffic:
         transfer = self.link.tell(lambda: (core.gate(key.layer, [key.expert]), core.ask(key, Part.WHOLE))[1])
         self.link.wait([transfer])
         waited = time.perf_counter() - asked
-        name = f"layer {key.layer} expert {key.expert}"
-        begun = min((s.begin for s in [*self.timeline.spans] if s.name == name and s.begin >= asked), default=None)
+        begun = min(
+            (self._start(*copy) for copy in [*self._copies.chunks] if copy[0].transfer is transfer), default=None
+        )
         if speculating and begun is not None:
             self.delays.append(begun - asked)
             self.waits.append(waited)
-        self.link.tell(lambda: core.release([key]))
+        self.link.tell(lambda: self.core.release([key]))
+
+    def _start(self, chunk: Chunk, begin: float, end: float) -> float:
+        if not self._queueing:
+            return begin
+        return max(begin, end - (chunk.end - chunk.begin) / statistics.median(self.rates))
 
     def close(self) -> None:
         self.link.close()
 
 
-def measure(folder: Path, results: record.Results, args: argparse.Namespace) -> None:
-    store = open_store(folder)
-    repeats, rounds = (2, 2) if args.quick else (5, 14)
-    delays: dict[str, list[float]] = {way: [] for way in WAYS}
-    waits: dict[str, list[float]] = {way: [] for way in WAYS}
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Road:
+    """Where the traffic goes. filler: makes a new way to copy experts; target: in ms, of the default way at p99."""
+
+    filler: Callable[[], Filler]
+    layers: int
+    experts: int
+    target: float
+    queueing: bool = False
+
+
+def measure(road: Road, ways: Mapping[str, Chunking], results: record.Results, repeats: int, rounds: int) -> None:
+    delays: dict[str, list[float]] = {way: [] for way in ways}
+    waits: dict[str, list[float]] = {way: [] for way in ways}
+    rates: dict[str, list[float]] = {way: [] for way in ways}
     results.begin()
     for repeat in range(repeats):
-        for way, chunking in WAYS.items():
-            traffic = Traffic(store, chunking, repeat)
-            layers = len(store.specs) - 1
-            quiet = [traffic.round(i % layers, 0) for i in range(rounds)]
+        for way, chunking in ways.items():
+            traffic = Traffic(road.filler(), road.layers, road.experts, chunking, repeat, road.queueing)
+            layers = road.layers - 1
+            for i in range(rounds):
+                traffic.round(i % layers, 0)
             for i in range(rounds):
                 traffic.round((rounds + i) % layers, 3)
-            rates[way].append(statistics.median(quiet))
+            rates[way].append(statistics.median(traffic.rates))
             delays[way] += traffic.delays
             waits[way] += traffic.waits
             traffic.close()
-    best = [max(rates[way][i] for way in WAYS) for i in range(repeats)]
+    best = [max(rates[way][i] for way in ways) for i in range(repeats)]
     rows = []
-    for way in WAYS:
+    for way in ways:
         share = [rate / top for rate, top in zip(rates[way], best, strict=True)]
         target = way == DEFAULT
         rows += [
             quantile(way, "start, p50", delays[way], 0.5),
-            quantile(way, "start, p99", delays[way], 0.99, 1.0 if target else None),
+            quantile(way, "start, p99", delays[way], 0.99, road.target if target else None),
             quantile(way, "arrival, p50", waits[way], 0.5),
             quantile(way, "arrival, p99", waits[way], 0.99),
             record.row("urgent", way, "bandwidth", "GB/s", [rate / 1e9 for rate in rates[way]]),
@@ -131,6 +166,10 @@ def measure(folder: Path, results: record.Results, args: argparse.Namespace) -> 
 
 def quantile(way: str, metric: str, seconds: list[float], q: float, target: float | None = None) -> record.Row:
     """Return a row for a quantile of single events: no repeats, so no spread."""
+    if not seconds:
+        return record.row(
+            "urgent", way, metric, "ms", [float("nan")], target=target, better="lower", note="none was seen"
+        )
     place = sorted(seconds)[min(int(q * len(seconds)), len(seconds) - 1)] * 1e3
     note = f"{len(seconds)} urgent copies"
     return record.row("urgent", way, metric, "ms", [place], target=target, better="lower", note=note)
@@ -146,7 +185,13 @@ def main() -> None:
         return
     nbytes = 1_100_000 if args.quick else 9_400_000
     with large_checkpoint(MODEL, args.scratch, nbytes, "a checkpoint with large experts") as folder:
-        measure(folder, results, args)
+        store = open_store(folder)
+        layers = len(store.specs)
+        memory = SlotMemory(layers * SLOTS, store.slot_bytes(0, 64))
+        road = Road(
+            filler=lambda: SlotFiller(store, [memory] * layers, direct=True), layers=layers, experts=64, target=1.0
+        )
+        measure(road, WAYS, results, *((2, 2) if args.quick else (5, 14)))
 
 
 if __name__ == "__main__":

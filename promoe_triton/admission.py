@@ -6,6 +6,7 @@ anyway). A guess is judged whether it was copied or not, so that a predictor tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 
@@ -41,15 +42,15 @@ class Admission:
 
     def __init__(self, worth: float = WORTH) -> None:
         self._worth = worth
-        self._all: dict[tuple[Hashable, int], _Record] = {}
-        self._own: dict[tuple[Hashable, int, int], _Record] = {}
+        self._all: dict[Hashable, list[_Record]] = {}
+        self._own: dict[tuple[Hashable, int], list[_Record]] = {}
         self._worthy: dict[tuple[Hashable, int], list[bool]] = {}
         self._open: dict[int, dict[Hashable, list[tuple[int, int]]]] = {}
 
     def rate(self, way: Hashable, layer: int, place: int) -> float:
         """Return the share of guesses at this place that come true."""
-        everywhere = self._all.get((way, place), _NOTHING).rate(PRIOR, PRIOR_GUESSES)
-        return self._own.get((way, layer, place), _NOTHING).rate(everywhere, SHARED_GUESSES)
+        everywhere, own = self._records(way, layer)
+        return own[place].rate(everywhere[place].rate(PRIOR, PRIOR_GUESSES), SHARED_GUESSES)
 
     def worthy(self, way: Hashable, layer: int) -> list[bool]:
         """Return by place whether a guess is worth a copy."""
@@ -66,17 +67,29 @@ class Admission:
     def settle(self, layer: int, needed: Collection[int]) -> None:
         """The layer needs these experts: judge what was guessed."""
         for way, guesses in self._open.pop(layer, _NO_GUESSES).items():
+            everywhere, own = self._records(way, layer)
+            worthy = self.worthy(way, layer)
             for expert, place in guesses:
                 right = expert in needed
-                self._all.setdefault((way, place), _Record()).note(right)
-                self._own.setdefault((way, layer, place), _Record()).note(right)
-                self.worthy(way, layer)[place] = self.rate(way, layer, place) >= self._worth
+                everywhere[place].note(right)
+                own[place].note(right)
+            for place in {place for _, place in guesses}:
+                worthy[place] = self.rate(way, layer, place) >= self._worth
+
+    def _records(self, way: Hashable, layer: int) -> tuple[list[_Record], list[_Record]]:
+        """Return what is known of a way by place: over all layers, and of this one."""
+        everywhere, own = self._all.get(way), self._own.get((way, layer))
+        if everywhere is None:
+            everywhere = self._all[way] = [_Record() for _ in range(PLACES)]
+        if own is None:
+            own = self._own[way, layer] = [_Record() for _ in range(PLACES)]
+        return everywhere, own
 
 
-_NOTHING = _Record()
 _NO_GUESSES: dict[Hashable, list[tuple[int, int]]] = {}
 
 
-def place_of(rank: int, ranked: int) -> int:
-    """Return the place of a rank among so many."""
-    return rank if ranked <= PLACES else rank * PLACES // ranked
+@functools.cache
+def places(ranked: int) -> tuple[int, ...]:
+    """Return the place of each rank among so many."""
+    return tuple(rank if ranked <= PLACES else rank * PLACES // ranked for rank in range(ranked))

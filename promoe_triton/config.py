@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import re
 import threading
 from collections.abc import Mapping
@@ -23,8 +24,24 @@ StoreKind = Literal["auto", "checkpoint", "spool", "memory"]
 BackendName = Literal["auto", "torch", "triton"]
 PREDICTORS = ("auto", "gate", "history", "token", "random", "none")
 
+LEARNED = ".safetensors"
+"""How the name of a file with a learned predictor ends."""
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+MOST_READS = 256
+"""The largest `depth`: more threads than that only wait for each other."""
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of any library (numpy's, as read from a table) as Python's own, anything else as it came."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def parse_size(text: str) -> int:
@@ -70,7 +87,7 @@ class Config:
         expert that has begun.
     chunk: the most bytes of one copy, as an int or a size with its unit; a multiple of 4096.
     latency: seconds that an urgent copy may wait for what is in flight ahead of need.
-    bandwidth: a limit on bytes per second from the store, as an int or a size with its unit (``"1.5GB/s"``), to
+    bandwidth: a limit on bytes per second from the store, as a number or a size with its unit (``"1.5GB/s"``), to
         see how a slower disk or bus would do; None: what there is.
     partition: ``"layer"`` gives each layer its own equal share of the slots, ``"global"`` lets layers compete;
         ``"auto"`` is per layer unless there are fewer slots than layers.
@@ -80,7 +97,7 @@ class Config:
     warm: fill the slots when the model is patched, so that the first prompt finds them full.
     predictor: what says which experts to copy ahead: ``"gate"`` (the later layer's own router, asked today),
         ``"token"`` and ``"history"`` (tables learned while running), ``"auto"`` (the gate, and tables where it
-        cannot see), ``"random"``, ``"none"``, or a `Predictor`.
+        cannot see), ``"random"``, ``"none"``, a file that `promoe-triton train` wrote, or a `Predictor`.
     distance: how many layers ahead to predict, at least 1.
     width: experts named per layer and token; None: as many as the router chooses.
     ablation: which of the paper's techniques are on: ``"all"``, or a step of its ablation (``"static"``,
@@ -102,12 +119,12 @@ class Config:
     chunking: ChunkingName = "adaptive"
     chunk: int | str = "4MiB"
     latency: float = 4e-3
-    bandwidth: int | str | None = None
+    bandwidth: float | str | None = None
     partition: Partition = "auto"
     policy: str = "lru"
     profile: Path | str | None = None
     warm: bool = True
-    predictor: str | Predictor = "auto"
+    predictor: str | Path | Predictor = "auto"
     distance: int = 2
     width: int | None = None
     ablation: str = "all"
@@ -117,6 +134,18 @@ class Config:
     lock_timeout: float = 600.0
 
     def __post_init__(self) -> None:
+        for name in (
+            "slots",
+            "depth",
+            "chunk",
+            "latency",
+            "bandwidth",
+            "distance",
+            "width",
+            "io_timeout",
+            "lock_timeout",
+        ):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         check_slots(self.slots)
         check_device_name(self.device)
         for name, choices in (
@@ -130,25 +159,42 @@ class Config:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not isinstance(self.depth, int) or not isinstance(self.chunk, int | str):
-            raise TypeError(f"depth must be an int and chunk an int or str, got {self.depth!r} and {self.chunk!r}")
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1 read in flight, got {self.depth}")
+        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int | str):
+            raise TypeError(f"chunk must be an int or a size such as '4MiB', got {self.chunk!r}")
         if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
             raise ValueError(f"chunk must be a positive multiple of 4096 bytes, got {self.chunk!r}")
+        if isinstance(self.predictor, Path):
+            object.__setattr__(self, "predictor", str(self.predictor))
         if isinstance(self.predictor, str) and self.predictor not in PREDICTORS:
-            raise ValueError(
-                f"predictor must be one of {', '.join(PREDICTORS)}, or a Predictor, got {self.predictor!r}"
-            )
+            if not self.predictor.endswith(LEARNED):
+                raise ValueError(
+                    f"predictor must be one of {', '.join(PREDICTORS)}, a file of a learned one (*{LEARNED}), or a "
+                    f"Predictor, got {self.predictor!r}"
+                )
+            if not Path(self.predictor).is_file():
+                raise ValueError(f"there is no predictor {self.predictor}")
         if not isinstance(self.predictor, str) and not callable(getattr(self.predictor, "predict", None)):
             raise TypeError(f"predictor must be a name or have a method predict, got {self.predictor!r}")
-        for name, value in (("distance", self.distance), ("width", 1 if self.width is None else self.width)):
+        for name, value in (
+            ("depth", self.depth),
+            ("distance", self.distance),
+            ("width", 1 if self.width is None else self.width),
+        ):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.limit is not None and self.limit <= 0:
-            raise ValueError(f"bandwidth must be positive, in bytes per second, got {self.bandwidth!r}")
+        if self.depth > MOST_READS:
+            raise ValueError(f"depth must be at most {MOST_READS}, each is a thread of its own, got {self.depth}")
+        if isinstance(self.bandwidth, bool) or not isinstance(self.bandwidth, int | float | str | None):
+            raise TypeError(f"bandwidth must be a number or a size such as '1.5GB/s', got {self.bandwidth!r}")
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ValueError(f"bandwidth must be positive and finite, in bytes per second, got {self.bandwidth!r}")
+        if not isinstance(self.warm, bool):
+            raise TypeError(f"warm must be True or False, got {self.warm!r}")
+        for name in ("spool_dir", "profile", "tiles"):
+            if not isinstance(getattr(self, name), Path | str | None):
+                raise TypeError(f"{name} must be a path, got {getattr(self, name)!r}")
         for name in ("io_timeout", "lock_timeout", "latency"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise TypeError(f"{name} must be a number of seconds, got {getattr(self, name)!r}")

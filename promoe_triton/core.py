@@ -11,10 +11,11 @@ they are for. Positions count layers since the start: layer l of pass p is at p 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
-from promoe_triton.admission import Admission, place_of
+from promoe_triton.admission import Admission, places
 from promoe_triton.config import Config
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, Part, Transfer
 from promoe_triton.slots import SlotTable
@@ -59,6 +60,19 @@ class Tally:
     unproven: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What is expected at all, or until a position. by_layer: at which position each expert is."""
+
+    by_layer: Sequence[Mapping[ExpertKey, int]]
+    until: float = inf
+
+    def __contains__(self, key: object) -> bool:
+        assert isinstance(key, ExpertKey)
+        position = self.by_layer[key.layer].get(key)
+        return position is not None and position <= self.until
+
+
 class Core:
     """Slots, transfers and speculation of one model.
 
@@ -88,7 +102,8 @@ class Core:
         self._preempt = preempt
         self._reorder = reorder
         self._on_way: dict[ExpertKey, Transfer] = {}
-        self._expected: dict[ExpertKey, int] = {}
+        # By layer: at which position each expert is expected.
+        self._expected: list[dict[ExpertKey, int]] = [{} for _ in tables]
         # Copied ahead and not needed yet, with the bytes that were.
         self._unproven: dict[ExpertKey, int] = {}
         self._cold: set[ExpertKey] = set()
@@ -105,23 +120,23 @@ class Core:
         self._advance(layer)
         self._settle_guesses(layer, set(keys))
         resident, missing = [], []
+        ready = table.ready()
         for key in keys:
-            used = recent is None or key.expert in recent
-            if table.is_ready(key):
+            if key in self._unproven:
+                self._prove(key)
+            if key in ready:
                 table.lease(key, recent is None)
                 resident.append(key)
-                self._prove(key)
-            else:
-                missing.append(key)
-                self._prove(key)
-                if not used:
-                    self._cold.add(key)
-                if not self._reorder:
-                    table.make_room(len(missing))
+                continue
+            missing.append(key)
+            if recent is not None and key.expert not in recent:
+                self._cold.add(key)
+            if not self._reorder:
+                table.make_room(len(missing))
         for expert in recent or ():
             if table.is_ready(key := ExpertKey(layer, expert)):
                 table.touch(key)
-        if self._reorder:
+        if self._reorder and len(missing) > 1:
             # What is furthest on its way comes first: the order of computation is that of arrival.
             missing.sort(key=lambda key: -self._begun(key))
         streamed: list[ExpertKey] = []
@@ -188,15 +203,15 @@ class Core:
             return
         layer = ranked[0].layer
         table, worthy = self.tables[layer], self.admission.worthy(way, layer)
+        ready, expected = table.ready(), self._expected[layer]
         guesses, resident = [], []
-        for rank, key in enumerate(ranked):
-            place = place_of(rank, len(ranked))
-            ready = table.is_ready(key)
-            if not ready or key in self._unproven:
+        for key, place in zip(ranked, places(len(ranked)), strict=True):
+            is_ready = key in ready
+            if not is_ready or key in self._unproven:
                 guesses.append((key.expert, place))
             if not worthy[place]:
                 continue
-            if ready:
+            if is_ready:
                 resident.append(key)
             elif (known := self._on_way.get(key)) is not None:
                 self.queue.promote(known, position)
@@ -205,12 +220,14 @@ class Core:
                 cuts = self._cuts(transfer)
                 nbytes -= cuts.ends[-1]
                 self._push(transfer, cuts, position)
-                self._note_gone(key)
+                if key in self._unproven:
+                    self._note_gone(key)
                 self._unproven[key] = 0
                 self._tallies[layer].issued += 1
             else:
                 continue
-            self._expected[key] = min(position, self._expected.get(key, position))
+            if expected.setdefault(key, position) > position:
+                expected[key] = position
         for key in reversed(resident):
             table.touch(key)
         if guesses:
@@ -256,7 +273,8 @@ class Core:
         if chunk.speculative:
             self._note_copied(chunk)
         complete = self.queue.landed(chunk)
-        self._settle(chunk.transfer)
+        if not complete:
+            self._settle(chunk.transfer)
         return complete
 
     def finished(self, transfer: Transfer) -> bool:
@@ -291,16 +309,17 @@ class Core:
     def _settle_guesses(self, layer: int, needed: Collection[ExpertKey]) -> None:
         """Learn from what a layer was expected to need, and drop what it does not (paper: early preemption)."""
         self.admission.settle(layer, {key.expert for key in needed})
-        for key in [k for k, position in self._expected.items() if k.layer == layer and position <= self.position]:
-            del self._expected[key]
+        expected = self._expected[layer]
+        for key in [key for key, position in expected.items() if position <= self.position]:
+            del expected[key]
             on_way = self._on_way.get(key)
             if self._preempt and key not in needed and on_way is not None and not self.queue.complete(on_way):
                 self._tallies[layer].dropped += self._unproven.pop(key, None) is not None
                 self._drop(on_way)
 
     def _prove(self, key: ExpertKey) -> None:
-        """Count what speculation did for an expert that a layer needs now."""
-        if key not in self._unproven or self._note_gone(key):
+        """Count what speculation did for an expert that a layer needs now, and that was copied ahead."""
+        if self._note_gone(key):
             return
         tally = self._tallies[key.layer]
         tally.useful += self._unproven.pop(key)
@@ -361,16 +380,16 @@ class Core:
             return False  # bytes of a copy that was dropped are still in flight
         cold = key in self._cold
         if rank == URGENT:
-            slot = table.admit(key, self._expected.keys(), cold)
+            slot = table.admit(key, _Expected(self._expected), cold)
             if slot is None:
                 slot = table.admit(key, cold=cold)
             if slot is None:
                 self._sacrifice(table)
                 slot = table.admit(key, cold=cold)
-        elif sum(t.slot >= 0 for t in self._speculation(table)) >= len(table) - 1:
+        elif len(self.queue) >= len(table) and sum(t.slot >= 0 for t in self._speculation(table)) >= len(table) - 1:
             slot = None  # one slot is closed to speculation
         else:
-            slot = table.admit(key, {k for k, position in self._expected.items() if position <= rank})
+            slot = table.admit(key, _Expected(self._expected, rank))
         if slot is None:
             return False
         self._cold.discard(key)

@@ -77,7 +77,8 @@ class Stats:
     bytes_read: bytes the link has copied, with what alignment reads along.
         Neither is counted where everything is resident on a GPU: the host would wait for it.
     stall_seconds: time layers waited for copies.
-    host_reads: how often layers waited for what a GPU had computed: once per call of a layer that is not resident.
+    host_reads: how often the host waited for what a GPU had computed: once per call of a layer that is not resident,
+        and once before the first layer and after the last, where something is predicted there.
     copied_ahead: what prefetching did, by layer. Empty without slots.
     link_seconds: time in which the link was copying, filling the slots at the start left out; run_seconds: the time
         that all passes took; link_bandwidth: bytes per second while it was copying, lately.

@@ -41,7 +41,7 @@ class ProMoEExperts(nn.Module):
             if self._promoe_graph is not None:
                 y_TD = self._promoe_graph(self, x_TD, expert_ids_TA, weights_TA, self._promoe_slots)
             else:
-                y_TD = ops.experts(x_TD, expert_ids_TA, weights_TA, self._promoe_name)
+                y_TD = ops.experts(x_TD.detach(), expert_ids_TA, weights_TA.detach(), self._promoe_name)
             return y_TD
         if torch.is_grad_enabled():
             self._warn_of_gradients(x_TD)

@@ -37,7 +37,9 @@ class DeviceMemory:
     def __init__(self, slots: int, slot_bytes: int, device: torch.device) -> None:
         self.slots = slots
         self.slot_bytes = round_up(slot_bytes)
-        self._bytes = torch.empty(slots * self.slot_bytes, dtype=torch.uint8, device=device)
+        # Threads write to it that know nothing of the mode in which it was made.
+        with torch.inference_mode(False):
+            self._bytes = torch.empty(slots * self.slot_bytes, dtype=torch.uint8, device=device)
 
     def slot(self, index: int) -> Tensor:
         start = index * self.slot_bytes
@@ -54,7 +56,8 @@ class SlotMemory:
         if slots * self.slot_bytes >= 2**21 and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def slot(self, index: int) -> Tensor:
         """Return slot `index` as uint8 [slot_bytes], a view."""

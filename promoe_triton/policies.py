@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Set
+from collections.abc import Container, Mapping
 
 from promoe_triton.protocols import ExpertKey, Policy
 
@@ -39,8 +39,11 @@ class LRU:
     def evicted(self, key: ExpertKey) -> None:
         del self._order[key]
 
-    def victim(self, kept: Set[ExpertKey]) -> ExpertKey | None:
-        return next((key for key in self._order if key not in kept), None)
+    def victim(self, kept: Container[ExpertKey]) -> ExpertKey | None:
+        for key in self._order:
+            if key not in kept:
+                return key
+        return None
 
 
 class LFRU:
@@ -71,7 +74,7 @@ class LFRU:
     def evicted(self, key: ExpertKey) -> None:
         del self._uses[key], self._last[key]
 
-    def victim(self, kept: Set[ExpertKey]) -> ExpertKey | None:
+    def victim(self, kept: Container[ExpertKey]) -> ExpertKey | None:
         return min(
             (key for key in self._uses if key not in kept),
             key=lambda key: (self._uses[key] / (self._now - self._last[key] + 1), key),
@@ -98,7 +101,7 @@ class Static:
     def evicted(self, key: ExpertKey) -> None:
         del self._order[key]
 
-    def victim(self, kept: Set[ExpertKey]) -> ExpertKey | None:
+    def victim(self, kept: Container[ExpertKey]) -> ExpertKey | None:
         # min() takes the first of equals, and the order is that of admission: first in, first out.
         return min(
             (key for key in self._order if key not in kept),

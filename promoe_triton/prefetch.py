@@ -78,7 +78,7 @@ class Prefetcher:
             return
         with self._runtime.inside() as alone:
             if alone and (ahead := self._look(seen)) is not None:
-                self.speculate(ahead, read(ahead.tensors))
+                self.speculate(ahead, self._runtime.read(ahead.tensors))
 
     def _look(self, seen: Observation) -> Outlook | None:
         predictions = self._predictor.predict(seen)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -107,12 +107,14 @@ class Store(Protocol):
 class Transfer:
     """One copy of an expert, or of one part of it, into a slot, which it takes when its first chunk is handed out.
 
-    Identity is what counts: two transfers of the same expert are two transfers.
+    Identity is what counts: two transfers of the same expert are two transfers. source: what whoever copies it noted
+    of where it comes from when its copy began.
     """
 
     key: ExpertKey
     part: Part
     slot: int = -1
+    source: object = None
 
     @property
     def name(self) -> str:
@@ -127,8 +129,7 @@ class Cuts:
     whole: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What one copy moves: bytes `begin` to `end` of a transfer, counted through its extents.
 
     speculative: nobody waited for them when they were handed out.
@@ -277,7 +278,7 @@ class Policy(Protocol):
         """`key` has left its slot."""
         ...
 
-    def victim(self, kept: Set[ExpertKey]) -> ExpertKey | None:
+    def victim(self, kept: Container[ExpertKey]) -> ExpertKey | None:
         """Name the admitted expert to evict next, none of those kept; None where there is none."""
         ...
 

@@ -163,7 +163,7 @@ class LayerRuntime:
             if x_TD.is_cpu:
                 ahead = self._look_ahead(x_TD, ids_TA, began)
             if ahead is not None and model.prefetcher is not None:
-                model.prefetcher.speculate(ahead, known.named or read(ahead.tensors))
+                model.prefetcher.speculate(ahead, known.named or model.read(ahead.tensors))
             for wave in waves.up():
                 self._compute(kernels.up, call, wave)
             kernels.activate(call)
@@ -192,8 +192,7 @@ class LayerRuntime:
         is_prompt = ids_TA is not None and len(ids_TA) >= PROMPT
         if ids_TA is not None and is_prompt:
             tensors.append(ids_TA[-RECENT:].flip(0).flatten())
-        lists = read(tensors + (ahead.tensors if ahead else []))
-        self.model.counters.host_reads += bool(tensors) and not tensors[0].is_cpu
+        lists = self.model.read(tensors + (ahead.tensors if ahead else []))
         experts = call.experts if asked_E is None else [e for e, is_asked in enumerate(lists.pop(0)) if is_asked]
         recent = last_used(lists.pop(0)) if is_prompt else None
         return _Known(experts=experts, recent=recent, named=lists)
@@ -285,10 +284,10 @@ class ModelRuntime:
         if self.link is None or Technique.PREFETCH not in config.step.techniques:
             return
         predictor: Predictor | None
-        if isinstance(config.predictor, str):
+        if isinstance(config.predictor, str | Path):
             experts = {path: layer.layout.experts for path, layer in zip(paths, self.layers, strict=True)}
             reach = Reach(distance=config.distance, width=config.width)
-            predictor = make_predictor(config.predictor, model, experts, reach)
+            predictor = make_predictor(str(config.predictor), model, experts, reach)
         else:
             predictor = config.predictor
         if predictor is not None:
@@ -312,6 +311,11 @@ class ModelRuntime:
     def now(self) -> float:
         """Return the time by the link's clock."""
         return time.perf_counter() if self.link is None else self.link.now()
+
+    def read(self, tensors: Sequence[Tensor]) -> list[list[int]]:
+        """Return integer (or boolean) tensors as lists. On a device the host waits once for all of them, and counts."""
+        self.counters.host_reads += bool(tensors) and not tensors[0].is_cpu
+        return read(tensors)
 
     def note(self, kind: str, name: str, began: float) -> None:
         """Put what ends now on the computing thread's lane of the timeline, if one is kept."""

@@ -6,9 +6,21 @@ test drive one and the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Container, Iterable, Sequence, Set
+from dataclasses import dataclass
 
 from promoe_triton.protocols import ExpertKey, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class _Either:
+    """What is in one of two: no set of all of it is made, as few of those are asked for."""
+
+    one: Container[ExpertKey]
+    other: Container[ExpertKey]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.one or key in self.other
 
 
 class SlotTable:
@@ -26,7 +38,7 @@ class SlotTable:
         self._free = list(reversed(self._all))
         self._policy = policy
         self._slot_of: dict[ExpertKey, int] = {}
-        self._filling: set[ExpertKey] = set()
+        self._ready: dict[ExpertKey, None] = {}
         self._leases: dict[ExpertKey, int] = {}
 
     def __len__(self) -> int:
@@ -36,14 +48,15 @@ class SlotTable:
         return self._slot_of.get(key)
 
     def is_ready(self, key: ExpertKey) -> bool:
-        return key in self._slot_of and key not in self._filling
+        return key in self._ready
 
     def holds(self, keys: Sequence[ExpertKey]) -> bool:
         """Whether all these experts are ready, in slots enough for all of them."""
         return len(self) >= len(keys) and all(map(self.is_ready, keys))
 
-    def ready(self) -> list[ExpertKey]:
-        return [key for key in self._slot_of if key not in self._filling]
+    def ready(self) -> Set[ExpertKey]:
+        """Return the experts that are ready; a view, longest ready first."""
+        return self._ready.keys()
 
     def available(self) -> int:
         """Slots that `admit` could give out now: free ones and those of experts nobody leases."""
@@ -51,7 +64,7 @@ class SlotTable:
 
     def lease(self, key: ExpertKey, used: bool = True) -> None:
         """Promise not to evict a ready expert until as many `release` calls have come; count it as used, or not."""
-        if not self.is_ready(key):
+        if key not in self._ready:
             raise ValueError(f"{key} is not ready and cannot be leased")
         self._leases[key] = self._leases.get(key, 0) + 1
         if used:
@@ -59,20 +72,21 @@ class SlotTable:
 
     def release(self, key: ExpertKey) -> None:
         """Give one lease back."""
-        if key in self._filling or key not in self._leases:
+        count = self._leases.get(key)
+        if count is None or key not in self._ready:
             raise ValueError(f"{key} has no lease to release")
-        if self._leases[key] == 1:
+        if count == 1:
             del self._leases[key]
         else:
-            self._leases[key] -= 1
+            self._leases[key] = count - 1
 
     def touch(self, key: ExpertKey) -> None:
         """Count a ready expert as used, without a lease."""
-        if not self.is_ready(key):
+        if key not in self._ready:
             raise ValueError(f"{key} is not ready and cannot be touched")
         self._policy.used(key)
 
-    def admit(self, key: ExpertKey, kept: Set[ExpertKey] = frozenset(), cold: bool = False) -> int | None:
+    def admit(self, key: ExpertKey, kept: Container[ExpertKey] = (), cold: bool = False) -> int | None:
         """Take a slot for an absent expert and lease it; None where all others are leased or `kept`.
 
         cold: it is not needed again soon, and the first to leave.
@@ -83,18 +97,17 @@ class SlotTable:
             return None
         slot = self._free.pop()
         self._slot_of[key] = slot
-        self._filling.add(key)
         self._leases[key] = 1
         self._policy.admitted(key, cold)
         return slot
 
     def make_room(self, slots: int) -> None:
         """Evict experts until so many slots are free, or all that are left are leased."""
-        while len(self._free) < slots and self._evict(frozenset()):
+        while len(self._free) < slots and self._evict(()):
             pass
 
-    def _evict(self, kept: Set[ExpertKey]) -> bool:
-        victim = self._policy.victim(self._leases.keys() | kept if kept else self._leases.keys())
+    def _evict(self, kept: Container[ExpertKey]) -> bool:
+        victim = self._policy.victim(_Either(self._leases, kept))
         if victim is None:
             return False
         self._vacate(victim)
@@ -103,15 +116,17 @@ class SlotTable:
 
     def filled(self, key: ExpertKey) -> None:
         """The bytes of a filling expert have landed: it is ready, and still leased by who admitted it."""
-        self._filling.remove(key)
+        if key not in self._slot_of:
+            raise ValueError(f"{key} has no slot that could be filled")
+        self._ready[key] = None
 
     def drop(self, key: ExpertKey) -> None:
         """Take an expert out whatever its state, leases included. Nothing may be in flight for its slot."""
-        self._filling.discard(key)
         self._leases.pop(key, None)
         self._vacate(key)
 
     def _vacate(self, key: ExpertKey) -> None:
+        self._ready.pop(key, None)
         self._free.append(self._slot_of.pop(key))
         self._policy.evicted(key)
 
@@ -119,8 +134,8 @@ class SlotTable:
         """Raise AssertionError unless the table keeps its promises."""
         taken = list(self._slot_of.values())
         assert sorted(taken + self._free) == sorted(self._all), "each slot holds one expert or is free"
-        assert self._filling <= self._slot_of.keys(), "what is filling has a slot"
+        assert self._ready.keys() <= self._slot_of.keys(), "what is ready has a slot"
         assert self._leases.keys() <= self._slot_of.keys(), "what is leased has a slot"
-        assert self._filling <= self._leases.keys(), "what is filling is leased"
+        assert self._slot_of.keys() - self._ready.keys() <= self._leases.keys(), "what is filling is leased"
         assert all(count > 0 for count in self._leases.values()), "no lease count below one is kept"
         assert 0 <= self.available() <= len(self._all)

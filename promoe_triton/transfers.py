@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -16,6 +16,7 @@ URGENT = 0
 @dataclass(slots=True)
 class _Progress:
     ends: Sequence[int]
+    nbytes: int
     whole: bool
     rank: int
     order: int
@@ -24,10 +25,6 @@ class _Progress:
     in_flight: int = 0
     stopped: bool = False
     again: list[Chunk] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        return self.ends[-1]
 
     @property
     def handed_out(self) -> bool:
@@ -60,6 +57,9 @@ class TransferQueue:
     def __contains__(self, transfer: Transfer) -> bool:
         return transfer in self._progress
 
+    def __len__(self) -> int:
+        return len(self._progress)
+
     def __iter__(self) -> Iterator[Transfer]:
         """All transfers known, in the order they came."""
         return iter(self._progress)
@@ -75,7 +75,7 @@ class TransferQueue:
         No chunk goes past an end (where one range of a file is followed by another), except that `whole` ones are
         handed out as a single chunk.
         """
-        self._progress[transfer] = self._waiting[transfer] = _Progress(ends, whole, rank, self._pushed)
+        self._progress[transfer] = self._waiting[transfer] = _Progress(ends, ends[-1], whole, rank, self._pushed)
         self._pushed += 1
 
     def next_chunk(
@@ -87,12 +87,12 @@ class TransferQueue:
 
         start: takes a slot for a transfer of some rank whose first chunk comes next; False where there is none now.
         """
-        waiting: Iterable[tuple[Transfer, _Progress]] = tuple(self._waiting.items())
-        if len(self._waiting) > 1:
-            waiting = sorted(waiting, key=self._order)
+        waiting = list(self._waiting.items())
+        if len(waiting) > 1:
+            waiting.sort(key=self._order)
         for transfer, progress in waiting:
             most = budget
-            if progress.rank != URGENT and speculative_budget is not None:
+            if speculative_budget is not None and progress.rank != URGENT:
                 if not speculative_budget:
                     continue
                 most = min(budget, speculative_budget)
@@ -106,26 +106,26 @@ class TransferQueue:
         if progress.again:
             failed = progress.again.pop()
             begin, end = failed.begin, failed.end
-        elif progress.whole:
-            end = progress.nbytes
         else:
-            end = progress.ends[bisect.bisect_right(progress.ends, begin)]
-            if (left := end - begin) > budget:
-                # Chunks of equal size: a small last one costs nearly as much as a large one.
-                end = begin + min(budget, round_up(ceil(left / ceil(left / budget))))
-        progress.cursor = max(progress.cursor, end)
+            end = progress.nbytes
+            if not progress.whole:
+                end = progress.ends[bisect_right(progress.ends, begin)]
+                if (left := end - begin) > budget:
+                    # Chunks of equal size: a small last one costs nearly as much as a large one.
+                    end = begin + min(budget, round_up(ceil(left / ceil(left / budget))))
+            progress.cursor = end
         progress.in_flight += 1
-        if progress.handed_out:
+        if progress.cursor == progress.nbytes and not progress.again:
             del self._waiting[transfer]
-        return Chunk(transfer=transfer, begin=begin, end=end, speculative=progress.rank != URGENT)
+        return Chunk(transfer, begin, end, progress.rank != URGENT)
 
     def landed(self, chunk: Chunk) -> bool:
         progress = self._progress[chunk.transfer]
         progress.landed += chunk.end - chunk.begin
-        complete = self.complete(chunk.transfer) and not progress.stopped
-        if not complete:
-            progress.in_flight -= 1
-        return complete
+        if progress.landed == progress.nbytes and not progress.stopped:
+            return True
+        progress.in_flight -= 1
+        return False
 
     def finished(self, transfer: Transfer) -> None:
         self._progress[transfer].in_flight -= 1

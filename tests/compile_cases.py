@@ -15,8 +15,9 @@ import triton.language as tl
 from promoe_triton.kernels import rows
 from promoe_triton.kernels.compiled import compile_request, request
 from promoe_triton.kernels.devices import devices
-from promoe_triton.kernels.launches import Launch, Layer, launches
+from promoe_triton.kernels.launches import Launch, launches
 from promoe_triton.kernels.rules import Facts, judge
+from promoe_triton.kernels.shapes import LayerShape
 from promoe_triton.kernels.tiles import TileTable, table_for
 
 
@@ -49,7 +50,7 @@ def masked(target: str) -> dict[str, str]:
     options: dict[str, Any] = {**constants, "num_warps": 8, "num_stages": 3}
     # 2049: known to be no multiple of 16.
     args = (torch.empty(1 << 14, device="meta"), *tensors, 2049)
-    launch = Launch(stage="up", kernel=f"{__name__}:grouped_kernel", grid=1, args=args, options=options, tile=None)
+    launch = Launch(stage="up", kernel=f"{__name__}:grouped_kernel", grid=1, args=args, options=options)
     return broken(launch, target)
 
 
@@ -65,22 +66,22 @@ def tile(columns: int, depth: int, warps: int, stages: int) -> dict[str, int]:
 def with_tile(target: str, T: int, entry: dict[str, int], stage: str, *, D: int = 2048) -> dict[str, str]:
     """Return what is broken of a stage of Qwen3-30B (or one with another D) at a tile for T tokens."""
     table = TileTable(target=target, entries={"16": {"rows": entry, "grouped": {"128": entry}}})
-    layer = Layer(name="", D=D, F=768, E=128, A=8)
-    return next(broken(launch, target) for launch in launches(layer, T, table) if launch.stage == stage)
+    shape = LayerShape(name="", D=D, F=768, E=128, A=8)
+    return next(broken(launch, target) for launch in launches(shape, T, torch.bfloat16, table) if launch.stage == stage)
 
 
 def shipped(target: str) -> dict[str, str]:
-    layer = Layer(name="", D=2048, F=768, E=128, A=8)
-    used = launches(layer, 2048, table_for(target))
+    shape = LayerShape(name="", D=2048, F=768, E=128, A=8)
+    used = launches(shape, 2048, torch.bfloat16, table_for(target))
     return next(broken(launch, target) for launch in used if launch.stage == "up")
 
 
 def versions() -> dict[str, int]:
     """Return how many versions of each kernel calls of eight numbers of tokens need, which differ in nothing else."""
-    layer = Layer(name="", D=2048, F=768, E=128, A=7)
+    shape = LayerShape(name="", D=2048, F=768, E=128, A=7)
     wanted: dict[str, set[Any]] = {}
     for T in range(101, 109):
-        for launch in launches(layer, T, table_for("sm_90")):
+        for launch in launches(shape, T, torch.bfloat16, table_for("sm_90")):
             name = f"{launch.stage} {launch.kernel.rpartition(':')[2]}"
             wanted.setdefault(name, set()).add(request(launch, "sm_90"))
     return {name: len(requests) for name, requests in wanted.items()}

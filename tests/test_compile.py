@@ -56,6 +56,17 @@ def test_fullgraph(slots: str, backend: str) -> None:
     assert promoe_triton.stats(model).hits > 0
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("slots", SLOTS)
+def test_fullgraph_where_nobody_has_turned_gradients_off(slots: str) -> None:
+    """The experts' output is detached, as without compilation: a backend must not ask for their gradient."""
+    model = build()
+    want = model(IDS).logits
+    promoe_triton.patch(model, slots=SLOTS[slots], store="spool")
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(IDS).logits, want)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_regional_compile_of_sixteen_layers_makes_one_graph() -> None:
     model = build(layers=16)

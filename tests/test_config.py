@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -89,7 +90,7 @@ def test_bad_slots(slots: Any, error: type[Exception], message: str) -> None:
         pytest.param({"partition": "none"}, ValueError, "partition must be one of auto, layer, global", id="partition"),
         pytest.param({"policy": "fifo"}, ValueError, "policy must be one of lru, lfru, static", id="policy"),
         pytest.param({"backend": "cuda"}, ValueError, "backend must be one of auto, torch", id="backend"),
-        pytest.param({"depth": 0}, ValueError, "at least 1 read in flight, got 0", id="depth-0"),
+        pytest.param({"depth": 0}, ValueError, "depth must be at least 1, got 0", id="depth-0"),
         pytest.param({"chunk": 0}, ValueError, "multiple of 4096", id="chunk-0"),
         pytest.param({"chunk": -4096}, ValueError, "multiple of 4096", id="chunk-negative"),
         pytest.param({"chunk": 4095}, ValueError, "multiple of 4096.*4095", id="chunk-below-a-page"),
@@ -115,7 +116,19 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     [
         pytest.param({"depth": 1.5}, id="depth-no-int"),
         pytest.param({"depth": "2"}, id="depth-text"),
+        pytest.param({"depth": True}, id="depth-bool"),
+        pytest.param({"depth": 10**9}, id="depth-a-billion-threads"),
         pytest.param({"chunk": 4096.0}, id="chunk-float"),
+        pytest.param({"chunk": True}, id="chunk-bool"),
+        pytest.param({"bandwidth": True}, id="bandwidth-bool"),
+        pytest.param({"bandwidth": NAN}, id="bandwidth-nan"),
+        pytest.param({"bandwidth": INF}, id="bandwidth-inf"),
+        pytest.param({"bandwidth": 0}, id="bandwidth-0"),
+        pytest.param({"bandwidth": [1]}, id="bandwidth-list"),
+        pytest.param({"warm": "no"}, id="warm-text"),
+        pytest.param({"spool_dir": 3}, id="spool_dir-int"),
+        pytest.param({"profile": 3}, id="profile-int"),
+        pytest.param({"tiles": 3}, id="tiles-int"),
         pytest.param({"io_timeout": "60"}, id="io_timeout-text"),
         pytest.param({"io_timeout": True}, id="io_timeout-bool"),
         pytest.param({"lock_timeout": "60"}, id="lock_timeout-text"),
@@ -123,8 +136,29 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     ],
 )
 def test_options_of_another_type(options: dict[str, Any]) -> None:
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(options))} must be"):
         Config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        pytest.param({"slots": np.int64(4)}, int, id="count"),
+        pytest.param({"slots": np.float32(0.5)}, float, id="share"),
+        pytest.param({"slots": np.float64(0.5)}, float, id="share-that-is-a-float"),
+        pytest.param({"depth": np.int32(2)}, int, id="depth"),
+        pytest.param({"chunk": np.int64(8192)}, int, id="chunk"),
+        pytest.param({"bandwidth": np.float64(1e9)}, float, id="bandwidth"),
+        pytest.param({"distance": np.uint8(3)}, int, id="distance"),
+        pytest.param({"latency": np.float32(0.25)}, float, id="latency"),
+    ],
+)
+def test_numbers_of_numpy_are_numbers(options: dict[str, Any], kind: type) -> None:
+    """As tables of experiments hold them."""
+    ((name, given_),) = options.items()
+    value = getattr(Config(**options), name)
+    assert type(value) is kind
+    assert value == given_
 
 
 @pytest.mark.parametrize(

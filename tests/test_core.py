@@ -225,7 +225,7 @@ class Driven(RuleBasedStateMachine):
         flying = {*(chunk.transfer for chunk in self.out), *self.touching}
         assert all(t in flying for t in known if core.queue.stopped(t)), "what is dropped goes when it has landed"
         assert len(known) <= 2 * LAYERS * EXPERTS
-        assert len(core._expected) <= LAYERS * EXPERTS
+        assert all(len(expected) <= EXPERTS for expected in core._expected)
         assert len(core._unproven) <= LAYERS * EXPERTS
         assert len(core._cold) <= LAYERS * EXPERTS
         tally = total(core)
@@ -352,6 +352,15 @@ def test_a_predicted_resident_expert_counts_as_used() -> None:
     core.gate(1, [])
     fill(core, 0, [3])
     assert not core.tables[0].is_ready(ExpertKey(0, 1)), "the least recently used one that nobody expects"
+
+
+def test_an_urgent_copy_leaves_what_is_expected_where_it_can() -> None:
+    core = make_core([3, 3, 3])
+    fill(core, 0, [0, 1, 2])
+    core.predict(core.position_of(0, 3), [ExpertKey(0, 0)], 0)
+    fill(core, 0, [1, 2])
+    fill(core, 0, [3])
+    assert {key.expert for key in core.tables[0].ready()} == {0, 2, 3}
 
 
 @pytest.mark.parametrize(

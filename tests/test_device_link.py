@@ -23,12 +23,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import promoe_triton
 from promoe_triton import PromoeError
-from promoe_triton.links import choice
+from promoe_triton.links import choice, sources
 from promoe_triton.links.device import DeviceFiller
 from promoe_triton.links.sources import DiskSource, HostSource
 from promoe_triton.links.streams import HostStreams, Lane, Release
 from promoe_triton.memory import DeviceMemory, Slots
 from promoe_triton.protocols import PAGE, Chunk, ExpertKey, ExpertSpec, Part, TensorSpec, Transfer
+from promoe_triton.runtime import LayerRuntime
 from promoe_triton.stores.host import HostStore
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -97,11 +98,26 @@ class Device:
         self._thread.join(BOUND)
 
 
+class Traffic:
+    """Bytes of copies that lanes have begun and not finished. most: at any time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._now = self.most = 0
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._now += nbytes
+            self.most = max(self.most, self._now)
+
+
 class DeviceLane:
     """Copies when it is asked to finish, and waits for events then, as a stream would."""
 
-    def __init__(self) -> None:
+    def __init__(self, traffic: Traffic | None = None) -> None:
         self._todo: list[Callable[[], None]] = []
+        self._traffic = traffic or Traffic()
+        self._nbytes = 0
 
     def after(self, event: Any) -> None:
         def wait() -> None:
@@ -114,11 +130,15 @@ class DeviceLane:
             target.copy_(source)
 
         self._todo.append(work)
+        self._nbytes += target.nbytes
+        self._traffic.add(target.nbytes)
 
     def finish(self) -> None:
         todo, self._todo = self._todo, []
         for work in todo:
             work()
+        self._traffic.add(-self._nbytes)
+        self._nbytes = 0
 
 
 class DeviceStreams(HostStreams):
@@ -127,6 +147,7 @@ class DeviceStreams(HostStreams):
     def __init__(self, device: Device, can_pin: bool = True) -> None:
         self._device, self._can_pin = device, can_pin
         self.pinned = 0
+        self.traffic = Traffic()
 
     def mark(self) -> Any:
         event = threading.Event()
@@ -134,7 +155,7 @@ class DeviceStreams(HostStreams):
         return event
 
     def lane(self) -> Lane:
-        return DeviceLane()
+        return DeviceLane(self.traffic)
 
     def pin(self, address: int, nbytes: int) -> Release | None:
         assert not address % PAGE, "whole pages"
@@ -220,6 +241,14 @@ def test_from_memory(options: dict[str, Any], want: list[Tensor]) -> None:
     promoe_triton.unpatch(model)
 
 
+@pytest.mark.usefixtures("streams")
+def test_patched_in_inference_mode(want: list[Tensor]) -> None:
+    """The threads that copy are not in it."""
+    with torch.inference_mode():
+        model = promoe_triton.patch(build(), device="cpu", store="memory", slots=4)
+        assert equal(logits(model), want)
+
+
 @pytest.mark.parametrize("io", ["direct", "buffered"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.usefixtures("from_disk")
@@ -265,6 +294,77 @@ def test_what_is_registered_is_given_back(streams: DeviceStreams) -> None:
     assert streams.pinned > 0
     promoe_triton.unpatch(model)
     assert streams.pinned == 0
+
+
+def test_an_interrupted_registration_is_taken_back(
+    device: Device, streams: DeviceStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin = streams.pin
+
+    def interrupted(address: int, nbytes: int) -> Release | None:
+        if streams.pinned:
+            raise KeyboardInterrupt
+        return pin(address, nbytes)
+
+    monkeypatch.setattr(streams, "pin", interrupted)
+    monkeypatch.setattr(sources, "_pages", lambda tensors: [range(PAGE), range(4 * PAGE, 5 * PAGE)])
+    with pytest.raises(KeyboardInterrupt):
+        promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+    assert streams.pinned == 0
+
+
+@pytest.mark.parametrize(("depth", "chunk"), [(1, 4096), (2, 4096), (3, 8192)])
+def test_bytes_in_flight_are_bounded(depth: int, chunk: int, streams: DeviceStreams) -> None:
+    """Whatever is queued, no more than a chunk for each lane."""
+    model = promoe_triton.patch(build(), device="cpu", store="memory", slots=4, depth=depth, chunk=chunk)
+    logits(model)
+    assert promoe_triton.stats(model).bytes_read > 8 * depth * chunk
+    assert 0 < streams.traffic.most <= depth * chunk
+
+
+class OnDevice(Tensor):
+    """A tensor that says it is not in the host's memory, and counts how often the host reads one."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.is_cpu.__get__:
+            return False
+        if func in (Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.cpu, Tensor.numpy):
+            OnDevice.reads += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class TestHostReads:
+    """The host waits for the device once per layer, and once at each end of the model where it predicts there."""
+
+    @pytest.mark.parametrize("predictor", ["none", "auto"])
+    @pytest.mark.usefixtures("streams")
+    def test_at_most_once_per_layer(self, predictor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = promoe_triton.patch(
+            build(), device="cpu", store="memory", slots=4, backend="triton", predictor=predictor
+        )
+        read_in_layers: list[int] = []
+        run = LayerRuntime.run
+
+        def counted(layer: LayerRuntime, *args: Any) -> Tensor:
+            before = OnDevice.reads
+            out = run(layer, *args)
+            read_in_layers.append(OnDevice.reads - before)
+            return out
+
+        monkeypatch.setattr(LayerRuntime, "run", counted)
+        model.model.embed_tokens.register_forward_hook(lambda module, args, out: out.as_subclass(OnDevice))
+        with torch.no_grad():
+            model(PROMPT[:, :3])  # the first time, the gate compares itself with each router
+            read_in_layers.clear()
+            reads, before = OnDevice.reads, promoe_triton.stats(model).host_reads
+            model(PROMPT[:, :3])
+        reads = OnDevice.reads - reads
+        assert read_in_layers == [1, 1]
+        assert reads == promoe_triton.stats(model).host_reads - before
+        assert reads <= len(read_in_layers) + (0 if predictor == "none" else 2)
 
 
 @pytest.mark.usefixtures("streams")
@@ -335,6 +435,7 @@ class TestFences:
                 return DeviceLane()
 
         filler, memory, weights = self.filler(Streams())
+        events[0].set()
         self.copied(filler, 1, 0).join(BOUND)
         filler.fence(0, slots)
         waiting, other = self.copied(filler, 2, 0), self.copied(filler, 2, 1)
@@ -342,8 +443,55 @@ class TestFences:
         assert other.is_alive() == (slots is None)
         assert waiting.is_alive()
         assert torch.equal(memory.slot(0)[:32].view(torch.float32), weights[1].flatten())
-        events[0].set()
+        events[1].set()
         waiting.join(BOUND)
         other.join(BOUND)
         for slot in (0, 1):
             assert torch.equal(memory.slot(slot)[:32].view(torch.float32), weights[2].flatten())
+
+    def test_the_first_copy_waits_for_what_was_there_before(self) -> None:
+        """Memory for slots may be memory that was given back a moment ago, and is read still."""
+        before = threading.Event()
+
+        class Streams(HostStreams):
+            def mark(self) -> Any:
+                return before
+
+            def lane(self) -> Lane:
+                return DeviceLane()
+
+        filler, memory, weights = self.filler(Streams())
+        memory.slot(0).zero_()
+        first = self.copied(filler, 1, 0)
+        first.join(0.2)
+        assert first.is_alive()
+        assert not memory.slot(0).any()
+        before.set()
+        first.join(BOUND)
+        assert torch.equal(memory.slot(0)[:32].view(torch.float32), weights[1].flatten())
+
+    def test_a_copy_is_done_when_the_thread_says_so(self) -> None:
+        """What is told to have landed is read at once: nobody waits for another event."""
+        begun, done = threading.Event(), threading.Event()
+
+        class Late(DeviceLane):
+            def finish(self) -> None:
+                begun.set()
+                assert done.wait(BOUND)
+                super().finish()
+
+        class Streams(HostStreams):
+            def mark(self) -> Any:
+                return done
+
+            def lane(self) -> Lane:
+                return Late()
+
+        filler, memory, weights = self.filler(Streams())
+        copying = self.copied(filler, 2, 1)
+        assert begun.wait(BOUND)
+        copying.join(0.1)
+        assert copying.is_alive()
+        done.set()
+        copying.join(BOUND)
+        assert torch.equal(memory.slot(1)[:32].view(torch.float32), weights[2].flatten())

@@ -349,6 +349,37 @@ class TestFiles:
             put_back(file, content)
             assert torch.equal(logits(model), want), f"wrong after read {moment} of {len(reads)} and repair"
 
+    def test_overwritten_and_restored_while_it_is_read(self, tmp_path: Path, disk: Disk, want: Tensor) -> None:
+        """Between two reads of one expert, so that each look at the file finds it as it was."""
+        build().save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        content = file.read_bytes()
+        model = load(tmp_path, chunk=4096, depth=1)
+        reads: list[int] = []
+        disk.arm(reads.append)
+        logits(model)
+        refused = 0
+        for moment in range(0, len(reads), max(len(reads) // 16, 1)):
+
+            def fault(read: int, moment: int = moment) -> None:
+                if read == moment:
+                    overwritten(file)
+                elif read == moment + 1:
+                    put_back(file, content)
+
+            disk.arm(fault)
+            try:
+                got = logits(model)
+            except PromoeError as error:
+                assert file.name in str(error)  # noqa: PT017
+                refused += "written anew while an expert was read" in str(error)
+            else:
+                assert torch.equal(got, want), f"wrong after read {moment} of {len(reads)}"
+            disk.heal()
+            put_back(file, content)
+            assert torch.equal(logits(model), want), f"wrong after read {moment} of {len(reads)} and repair"
+        assert refused
+
     def test_a_spool_that_somebody_removed(self, tmp_path: Path, want: Tensor) -> None:
         model = promoe_triton.patch(build(), slots=2, store="spool", spool_dir=tmp_path)
         (place,) = tmp_path.iterdir()

@@ -12,7 +12,7 @@ import torch
 from kernel_cases import DEVICE, KINDS, TOLERANCES, draw, make_layer, reference, routed, run
 from torch import Tensor
 from transformers import CompileConfig
-from zoo import FAMILIES
+from zoo import FAMILIES, build
 
 import promoe_triton
 from promoe_triton import PromoeError
@@ -20,13 +20,19 @@ from promoe_triton.kernels.pool import Gate, Pool, Projection
 from promoe_triton.kernels.tiles import table_for, target_of
 from promoe_triton.kernels.twins import error
 
-if DEVICE.type != "cuda":
-    pytest.skip("needs a GPU: make test-gpu", allow_module_level=True)
-
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+# Collected everywhere, so that a test which cannot even be collected is seen without a GPU.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: make test-gpu"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 FORMS = {"rows": 2, "grouped": 40}
-GENERATING = ["mixtral", "gpt_oss", "aria_text", "nemotron_h", "muse_spark", "longcat_flash", "llama4", "dbrx", "zaya"]
+LONG_SUMS = 1e-5
+"""Relative error of thousands of products that are added one after the other in fp32, here 2e-6 by a simulation."""
+LAYOUTS = ["mixtral", "gpt_oss", "aria_text", "nemotron_h", "muse_spark", "longcat_flash", "llama4", "dbrx", "zaya"]
+HERE = [name for name in LAYOUTS if name in FAMILIES]
+"""Older releases of transformers lack some."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +64,7 @@ class TestKernels:
         for mine, theirs in ((first.x_TD, second.x_TD), (first.ids_TA, second.ids_TA)):
             mine.copy_(theirs)
         first.weights_TA.copy_(second.weights_TA)
-        slots = layer.up.weight.slot_of_E  # one table for all tensors of the layer
+        slots = layer.up.weight.slot_of_E.clone()  # the same for both projections
         turned = slots.flip(0)
         for projection in (layer.up, layer.down):
             data = projection.weight.data
@@ -119,13 +125,8 @@ class TestKernels:
         table = table_for(target_of(DEVICE))
         got = run(layer, call, table=table)
         some = torch.arange(min(T, 8), device=DEVICE)
-        assert error(got[some], reference(layer, call.rows(some))) <= TOLERANCES[dtype]
+        assert error(got[some], reference(layer, call.rows(some))) <= max(TOLERANCES[dtype], LONG_SUMS)
         assert torch.equal(run(layer, call, table=table), got)
-
-
-def build(name: str) -> Any:
-    torch.manual_seed(0)
-    return FAMILIES[name].build()
 
 
 def given(name: str, model: Any, tokens: int) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def given(name: str, model: Any, tokens: int) -> dict[str, Any]:
 
 
 class TestModels:
-    @pytest.mark.parametrize("name", [name for name in GENERATING if FAMILIES[name].generates])
+    @pytest.mark.parametrize("name", [name for name in HERE if FAMILIES[name].generates])
     @pytest.mark.parametrize("options", [{}, {"slots": 4}, {"slots": 2, "store": "spool"}], ids=["all", "few", "disk"])
     def test_generate(self, options: dict[str, Any], name: str, tmp_path: Path) -> None:
         stock = build(name).to(DEVICE)
@@ -150,7 +151,7 @@ class TestModels:
 
     @pytest.mark.parametrize("mode", ["default", "reduce-overhead", None])
     @pytest.mark.parametrize("slots", [None, 4], ids=["all", "few"])
-    @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "muse_spark"])
+    @pytest.mark.parametrize("name", [name for name in HERE if name in ("mixtral", "gpt_oss", "muse_spark")])
     def test_a_static_cache_and_compilation(self, name: str, slots: int | None, mode: str | None) -> None:
         """None: as generate compiles by itself."""
         stock = build(name).to(DEVICE)
@@ -182,15 +183,17 @@ class TestModels:
                 torch.cuda.set_sync_debug_mode("default")
         assert promoe_triton.stats(model).host_reads == 0
 
-    def test_a_layer_with_few_slots_reads_the_device_once(self) -> None:
-        model = promoe_triton.patch(build("mixtral"), device="cuda", slots=4)
+    @pytest.mark.parametrize(("predictor", "beside"), [("none", 0), ("auto", 2)])
+    def test_a_layer_with_few_slots_reads_the_device_once(self, predictor: str, beside: int) -> None:
+        """Before the first layer and after the last there may be one read more each, for what is predicted there."""
+        model = promoe_triton.patch(build("mixtral"), device="cuda", slots=4, predictor=predictor)
         inputs = given("mixtral", model, 3)
         with torch.no_grad():
             model(**inputs)
             before = promoe_triton.stats(model).host_reads
             model(**inputs)
         layers = sum(hasattr(module, "_promoe") for module in model.modules())
-        assert promoe_triton.stats(model).host_reads - before == layers
+        assert layers <= promoe_triton.stats(model).host_reads - before <= layers + beside
 
     @pytest.mark.parametrize("io", ["direct", "buffered"])
     def test_from_a_checkpoint(self, io: Any, tmp_path: Path) -> None:

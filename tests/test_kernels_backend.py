@@ -16,7 +16,7 @@ import torch
 from kernel_cases import DEVICE
 from torch import Tensor
 from transformers import CompileConfig
-from zoo import FAMILIES, moe_experts
+from zoo import FAMILIES, build, moe_experts
 
 import promoe_triton
 from promoe_triton import PromoeError
@@ -47,11 +47,6 @@ LAYOUTS = {
 ON_DISK = {"gpt_oss", "dbrx", "jetmoe"}
 SLOTS = 4
 CLOSE = 1e-5
-
-
-def build(name: str) -> Any:
-    torch.manual_seed(0)
-    return FAMILIES[name].build()
 
 
 def patched(name: str, **options: Any) -> Any:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from promoe_triton.kernels.checks import IS_INTERPRETED
 from promoe_triton.kernels.compiled import Compiled, Request, gpu_target, read_amd, read_nvidia
 from promoe_triton.kernels.devices import Device, devices, work
-from promoe_triton.kernels.launches import Layer, recording
+from promoe_triton.kernels.launches import recording
 from promoe_triton.kernels.rules import RULES, Facts, judge, occupancy
+from promoe_triton.kernels.shapes import SHAPES
 from promoe_triton.kernels.tiles import TABLE
 
 TESTS = Path(__file__).parent
@@ -26,7 +29,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a process that interprets nothing."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(TESTS.parent), "TRITON_DEFAULT_FP_FUSION": "1"}
+    path = filter(None, (str(TESTS.parent), env.get("PYTHONPATH")))
+    env |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_DEFAULT_FP_FUSION": "1"}
     return subprocess.run(
         [sys.executable, str(script), *arguments], capture_output=True, text=True, env=env, check=False
     )
@@ -255,18 +259,19 @@ def test_occupancy_of_a_kernel() -> None:
 
 
 def test_predictions_are_the_roofs() -> None:
-    layer = Layer(name="Qwen3-30B", D=2048, F=768, E=128, A=8)
-    one, many = work(layer, 1), work(layer, 8192)
+    shape = SHAPES["Qwen3-30B"]
+    one, many = work(shape, 1, torch.bfloat16), work(shape, 8192, torch.bfloat16)
     device: Device = devices()["sm_90"]
     weights = 8 * 3 * 2048 * 768 * 2
     assert weights < one["up"].bytes + one["down"].bytes < 1.01 * weights, "eight experts, each once"
-    assert one["up"].seconds(device, "bf16") == one["up"].bytes / 3.35e12
+    assert one["up"].seconds(device, torch.bfloat16) == one["up"].bytes / 3.35e12
     assert many["up"].flops == 2 * 8192 * 8 * 2 * 768 * 2048
-    assert many["up"].seconds(device, "bf16") == many["up"].flops / 989e12
+    assert many["up"].seconds(device, torch.bfloat16) == many["up"].flops / 989e12
     assert "schedule" not in one
     assert "schedule" in many
 
 
+@pytest.mark.skipif(not IS_INTERPRETED, reason="on a GPU nothing is interpreted")
 def test_nothing_is_recorded_where_kernels_are_interpreted() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), recording():
         pass

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DEVICE, KINDS, SHIPPED, TABLE, Layer, Routed, draw, make_layer, poisoned, routed, run
+from kernel_cases import DEVICE, KINDS, SHIPPED, TABLE, Layer, Routed, check, draw, make_layer, poisoned, routed, run
 from torch import Tensor
 
 from promoe_triton.kernels import ops
 from promoe_triton.kernels.combine import combine
+from promoe_triton.kernels.grouped import grouped_product
 from promoe_triton.kernels.pool import Gate, Pool, Projection
 from promoe_triton.kernels.rows import rows_product
-from promoe_triton.kernels.schedule import schedule
+from promoe_triton.kernels.schedule import Schedule, schedule
 from promoe_triton.kernels.tiles import Call, Shape, TileTable, table_for, target_of
 
 CPU_ONLY = pytest.mark.skipif(DEVICE.type != "cpu", reason="only the CPU's values are looked at")
@@ -137,6 +138,51 @@ def test_bad_input(case: str, layer: Layer, call: Routed) -> None:
         up(layer, call, **change(layer, call))
 
 
+GROUPED: dict[str, tuple[Callable[[Routed], dict[str, Any]], type[Exception], str]] = {
+    # Their rows past the sixteenth would be dropped without a word.
+    "blocks larger than the tile": (
+        lambda call: {"schedule": schedule(call.ids_TA, call.weights_TA, None, experts=3, block=64)},
+        ValueError,
+        "schedule: expected blocks of at most 16 rows, as the tile has, got 64",
+    ),
+    "the schedule of another call": (
+        lambda call: {"schedule": schedule(call.ids_TA[:1], call.weights_TA[:1], None, experts=3, block=16)},
+        ValueError,
+        r"routing weights: expected 2 as the schedule, got \[2, 2\]",
+    ),
+    "a schedule that is cut off": (
+        lambda call: {"schedule": Schedule(packed=call.ids_TA.flatten().int(), R=4, B=4, block=16)},
+        ValueError,
+        r"schedule: expected \[21\], got \[4\]",
+    ),
+    "another type": (lambda call: {"x_MK": call.x_TD.half()}, TypeError, "weight: expected torch.float16 as the input"),
+    "rows that are not gathered": (lambda call: {"gather": False}, ValueError, "input: expected 4 rows, got 2"),
+    "short output": (
+        lambda call: {"out_RN": poisoned(3, 4, dtype=torch.float32)},
+        ValueError,
+        "output: expected 4 rows, got 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_bad_input_of_grouped_rows(case: str, layer: Layer, call: Routed) -> None:
+    change, error, message = GROUPED[case]
+    tile = TABLE.grouped(Call(T=2, A=2, E=3, dtype=torch.float32), Shape(N=4, K=8, gated=True, transposed=False))
+    given: dict[str, Any] = {
+        "out_RN": poisoned(4, 4, dtype=torch.float32),
+        "x_MK": call.x_TD,
+        "schedule": schedule(call.ids_TA, call.weights_TA, None, experts=3, block=16),
+        "weights_TA": call.weights_TA,
+        "projection": layer.up,
+        "wave_E": None,
+        "gather": True,
+    }
+    grouped_product(**given, weighted=False, tile=tile)
+    with pytest.raises(error, match=message):
+        grouped_product(**(given | change(call)), weighted=False, tile=tile)
+
+
 @CPU_ONLY
 def test_ids_below_zero(layer: Layer, call: Routed) -> None:
     with pytest.raises(ValueError, match="expert ids: expected 0 or more, got -1"):
@@ -181,7 +227,7 @@ def test_rows_of_the_sum_are_checked(call: Routed) -> None:
 def test_the_cpu_needs_the_interpreter() -> None:
     code = """
 import torch
-from promoe_triton.kernels.schedule import schedule
+from promoe_triton.kernels.schedule import Schedule, schedule
 try:
     schedule(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), None, experts=1, block=16)
 except ValueError as error:
@@ -214,9 +260,8 @@ def through_ops(
         torch.ops.promoe_triton.rows_product(y, h, ids, weights, None, *flat(layer.down), True, tiles[1])
         return torch.ops.promoe_triton.combine(y, None, x, ids, weights, E, 0, True)
     plan = torch.ops.promoe_triton.schedule(ids, weights, None, E, block)
-    B = (len(plan) - 2 * R - 1) // 3
-    torch.ops.promoe_triton.grouped_product(h, x, plan, B, weights, None, *flat(layer.up), True, False, tiles[0])
-    torch.ops.promoe_triton.grouped_product(y, h, plan, B, weights, None, *flat(layer.down), False, True, tiles[1])
+    torch.ops.promoe_triton.grouped_product(h, x, plan, block, weights, None, *flat(layer.up), True, False, tiles[0])
+    torch.ops.promoe_triton.grouped_product(y, h, plan, block, weights, None, *flat(layer.down), False, True, tiles[1])
     return torch.ops.promoe_triton.combine(y, plan[R : 2 * R], x, ids, weights, E, 0, True)
 
 
@@ -241,10 +286,27 @@ def test_ops_are_sound(form: str) -> None:
         return
     plan = ops.schedule(ids, weights, None, 4, 16)
     torch.library.opcheck(ops.schedule, (ids, weights, None, 4, 16))
-    B = (len(plan) - 2 * 4 - 1) // 3
-    torch.library.opcheck(ops.grouped_product, (out, x, plan, B, weights, None, *flat(layer.up), True, False, tiles[0]))
+    torch.library.opcheck(
+        ops.grouped_product, (out, x, plan, 16, weights, None, *flat(layer.up), True, False, tiles[0])
+    )
     rows = torch.zeros(4, 8, device=DEVICE)
     torch.library.opcheck(ops.combine, (rows, plan[4:8], x, ids, weights, 4, 0, True))
+
+
+@pytest.mark.parametrize("T", [2, 9], ids=["rows", "grouped"])
+def test_a_layer_as_one_op_is_sound(T: int) -> None:
+    layer = make_layer(KINDS["as gpt_oss"], E=4, D=8, F=4, dtype=torch.float32, slots=range(4), spare=0)
+    call = routed(layer, draw(T, 2, 4))
+    pools = (layer.up.weight, layer.up.bias, layer.down.weight, layer.down.bias)
+    up, up_bias, down, down_bias = (pool.data if pool else None for pool in pools)
+    assert up is not None
+    assert down is not None
+    stored = up.transpose(1, 2), up_bias, down.transpose(1, 2), down_bias
+    gate = [layer.up.gate.alpha, layer.up.gate.limit]
+    kind = ("clamped_swiglu interleaved", gate, [True, True], 0)
+    arguments = (*dataclasses.astuple(call), *stored, layer.up.weight.slot_of_E, *kind)
+    torch.library.opcheck(ops.layer, arguments)
+    check(layer, call, ops.layer(*arguments))
 
 
 @pytest.mark.parametrize("form", ["rows", "grouped"])

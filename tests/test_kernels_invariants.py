@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import KINDS, Routed, make_layer, routed, run
 
@@ -16,8 +16,11 @@ from promoe_triton.kernels.twins import error
 
 E = 5
 FORMS = {"rows": True, "grouped": False}
-EXAMPLES = settings(deadline=None, max_examples=12, derandomize=True)
-FEW = settings(deadline=None, max_examples=6, derandomize=True)
+# Drawing a call starts a GPU, which is slow the first time.
+EXAMPLES = settings(
+    deadline=None, max_examples=12, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+FEW = settings(EXAMPLES, max_examples=6)
 
 
 def layer(kind: str = "halves", **options: Any) -> Any:

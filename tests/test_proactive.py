@@ -237,7 +237,7 @@ class TestFaults:
 
         def sizes() -> list[int]:
             core.tallies()
-            own = (core._expected, core._unproven, core._on_way, core._cold, core.queue._progress)
+            own = (*core._expected, core._unproven, core._on_way, core._cold, core.queue._progress)
             return [len(held) for held in own] + [len(core.admission._all), len(core.admission._own)]
 
         generator = torch.Generator().manual_seed(1)

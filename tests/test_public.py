@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,7 +88,7 @@ def test_the_pure_part_knows_nothing_of_devices_threads_and_files(name: str) -> 
 # Who may be known by whom: a part imports from those before it only. In one line: parts that may know each other.
 LAYERS = (
     {"errors", "_version"},
-    {"protocols", "layout", "timeline", "devices"},
+    {"protocols", "layout", "timeline", "devices", "traces"},
     {"chunking", "policies", "techniques", "slots", "transfers", "admission", "memory", "kernels"},
     {"config", "core"},
     {"budget", "counters", "predictors", "backends", "stores"},
@@ -95,7 +97,7 @@ LAYERS = (
     {"ops"},
     {"layer"},
     {"patch"},
-    {"loading"},
+    {"loading", "tracing", "training"},
     {"simulation"},
     {"__init__"},
     {"cli"},
@@ -131,3 +133,54 @@ def test_only_links_start_threads_and_only_the_reader_reads() -> None:
 def test_no_forward_looks_at_a_model_type() -> None:
     # Inflating rewrites one kind of checkpoint, and has to know that it is of that kind.
     assert [f.name for f in PACKAGE.rglob("*.py") if "model_type" in f.read_text()] == ["inflate.py"]
+
+
+ROOT = Path(__file__).parent.parent
+PRESENT = {
+    *("torch", "triton", "transformers", "pytest", "hypothesis", "matplotlib"),
+    # They come with these.
+    *("numpy", "safetensors", "tokenizers", "huggingface_hub"),
+}
+"""What a machine with a GPU has, where this package is not installed."""
+ON_A_GPU = [
+    *(file for file in PACKAGE.rglob("*.py") if "cli" not in file.parts),
+    *ROOT.glob("tests/test_kernels*.py"),
+    *ROOT.glob("tests/test_gpu*.py"),
+    *(ROOT / "tests" / name for name in ("conftest.py", "kernel_cases.py", "compile_cases.py", "zoo.py")),
+    *ROOT.glob("bench/gpu/*.py"),
+    *(
+        ROOT / "bench" / f"{name}.py"
+        for name in ("watch", "proactive_gpu", "subjects", "layers", "others", "proactive", "urgent")
+    ),
+    *(ROOT / "bench" / f"{name}.py" for name in ("record", "decoding", "models", "timing")),
+]
+
+
+@pytest.mark.parametrize("file", ON_A_GPU, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_machine_with_a_gpu_has_what_runs_there(file: Path) -> None:
+    """`make test-gpu` and `make bench-kernels` ask for nothing more, pytest's plugins included."""
+    ours = {
+        "promoe_triton",
+        *(path.stem for folder in ("tests", "bench", "bench/gpu") for path in ROOT.glob(f"{folder}/*.py")),
+    }
+    outside = {name.partition(".")[0] for name in imports(file)} - ours - set(sys.stdlib_module_names)
+    optional = {"accelerate", "rich", "moe_policylang"} if "tests" not in file.parts else set()
+    assert not outside - PRESENT - optional
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    known = {"parametrize", "skipif", "skip", "filterwarnings", "usefixtures", "xfail"}
+    known |= {marker.partition(":")[0] for marker in options["markers"]}
+    assert set(re.findall(r"pytest\.mark\.(\w+)", file.read_text())) <= known
+
+
+def test_results_are_of_all_that_decides_them() -> None:
+    """Measured rows are told apart by a hash: of the kernels, and of whatever of theirs these import."""
+    from promoe_triton.kernels.provenance import MEASURED
+
+    prefix = "promoe_triton.kernels."
+    used = {
+        name.removeprefix(prefix).partition(".")[0]
+        for measured in MEASURED
+        for name in imports(PACKAGE / "kernels" / f"{measured}.py")
+        if name.startswith(prefix)
+    }
+    assert used <= set(MEASURED)

@@ -28,8 +28,9 @@ from promoe_triton.simulation.description import FOLDER, hardware_names, read_ha
 from promoe_triton.simulation.routing import Routed, Statistics, Synthetic, passes, popularity_of
 from promoe_triton.simulation.shapes import LayerShape, ModelShape, model_shape
 from promoe_triton.simulation.simulator import Outcome, Simulator
-from promoe_triton.simulation.sweep import Choice, Scene, combinations, simulate
+from promoe_triton.simulation.sweep import Choice, Scene, combinations, simulate, traced_texts
 from promoe_triton.techniques import ABLATION
+from promoe_triton.traces import TracedLayer, TraceWriter, read_trace
 
 DEMO = Path(promoe_triton.__file__).parent / "demo" / "model"
 MODELS = Path(promoe_triton.__file__).parent / "simulation" / "models"
@@ -308,6 +309,64 @@ def test_other_bad_input(tmp_path: Path) -> None:
         Statistics(popularity=0.1)
     with pytest.raises(ValueError, match="bits must be in"):
         Choice(bits=0)
+
+
+def write_trace(folder: Path, of: ModelShape, documents: int = 2, tokens: int = 20) -> Path:
+    E, A = of.layers[0].experts, of.layers[0].active
+    layers = [TracedLayer(path=f"{i}", experts=E, active=A, hidden=4) for i in range(len(of.layers))]
+    writer = TraceWriter(folder, {"model": "tiny"}, layers, shard_tokens=10**6)
+    for number in range(documents):
+        ids = torch.stack(
+            [torch.randperm(E, generator=torch.Generator().manual_seed(t + number))[:A] for t in range(tokens)]
+        )
+        whole = torch.arange(tokens, dtype=torch.int32)
+        writer.add(
+            {"token_ids": whole, "position": whole, "is_prefill": whole < 4}
+            | {f"ids.{i}": ids.to(torch.int16) for i in range(len(layers))}
+            | {f"weights.{i}": ids.float() for i in range(len(layers))}
+        )
+    writer.flush()
+    return folder
+
+
+def test_a_trace_is_simulated_as_it_was_recorded(tmp_path: Path) -> None:
+    of = shape()
+    trace = read_trace(write_trace(tmp_path, of))
+    found = traced_texts(trace, of, Statistics(accuracy=(1.0,)), 20)
+    assert [len(text) for text in found] == [20, 20]
+    first = next(iter(trace.read()))
+    assert found[0].ids[1].tolist() == first.expert_ids_TA(1).tolist() == found[0].named[0][1].tolist()
+    wrong = traced_texts(trace, of, Statistics(accuracy=(0.5,)), 20)[0]
+    assert 0.4 < np.mean(np.array(wrong.named[0]) == np.array(wrong.ids)) < 0.75
+
+
+@pytest.mark.parametrize(
+    ("documents", "tokens", "of", "message"),
+    [
+        pytest.param(2, 20, shape(experts=9), "a trace of another model", id="another model"),
+        pytest.param(2, 21, shape(), "has 0 documents of 21 tokens", id="too short"),
+        pytest.param(1, 9, shape(), "has 1 documents of 9 tokens and more, and two are needed", id="one document"),
+    ],
+)
+def test_traces_that_do_not_fit_are_refused(
+    documents: int, tokens: int, of: ModelShape, message: str, tmp_path: Path
+) -> None:
+    trace = read_trace(write_trace(tmp_path, shape(), documents))
+    with pytest.raises(PromoeError, match=message):
+        traced_texts(trace, of, Statistics(), tokens)
+
+
+def test_empty_and_truncated_traces_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromoeError, match="holds no trace"):
+        read_trace(tmp_path)
+    folder = write_trace(tmp_path / "a", shape())
+    file = folder / "shard-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(PromoeError, match="cannot be read"):
+        traced_texts(read_trace(folder), shape(), Statistics(), 9)
+    empty = write_trace(tmp_path / "b", shape(), documents=0)
+    result = call("olmoe-1b-7b", "--trace", str(empty))
+    assert (result.exit_code, "is empty" in result.stderr) == (1, True)
 
 
 def test_sweeps() -> None:

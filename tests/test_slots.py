@@ -199,8 +199,8 @@ def lost(table: SlotTable) -> None:
     table._free.clear()
 
 
-def filling_nowhere(table: SlotTable) -> None:
-    table._filling.add(KEYS[5])
+def ready_nowhere(table: SlotTable) -> None:
+    table._ready[KEYS[5]] = None
 
 
 def leased_nowhere(table: SlotTable) -> None:
@@ -220,7 +220,7 @@ def no_lease_kept(table: SlotTable) -> None:
     [
         twice,  # one slot, two experts
         lost,  # a slot that is neither free nor taken
-        filling_nowhere,
+        ready_nowhere,
         leased_nowhere,
         filling_unleased,
         no_lease_kept,

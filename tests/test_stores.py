@@ -487,7 +487,7 @@ class TestReader:
             copy = file.with_suffix(".copy")
             copy.write_bytes(file.read_bytes())
             copy.replace(file)
-            reader.check(file, 0)
+            reader.check({file: 0})
             with file.open("r+b") as handle:
                 handle.write(b"new")  # visible only in the new file
             reader.read(file, 0, 3, memory.view, 0)
@@ -504,9 +504,9 @@ class TestReader:
                 content = file.read_bytes()
                 away = file.rename(file.with_suffix(f".{old}"))
                 file.write_bytes(content)
-                first.check(file, 0)
+                first.check({file: 0})
                 away.write_bytes(bytes(len(content)))  # no file of the model's any more
-                second.check(file, 0)
+                second.check({file: 0})
                 for reader in (first, second):
                     reader.read(file, 0, 10, memory.view, 0)
                     assert bytes(memory.view[:10]) == content[:10]
@@ -515,13 +515,13 @@ class TestReader:
         """Exchanged between the look at it and its opening, and back before the next look."""
         memory = SlotMemory(1, 5 * PAGE)
         with FileReader(Unchanged([file]), direct=False) as reader:
-            reader.check(file, 0)
+            reader.check({file: 0})
             away = file.rename(file.with_suffix(".away"))
             file.write_bytes(bytes(away.stat().st_size))
             with pytest.raises(PromoeError, match=r"f\.bin was exchanged while it was opened; call again"):
                 reader.read(file, 0, 10, memory.view, 0)
             away.rename(file)
-            reader.check(file, 0)
+            reader.check({file: 0})
             reader.read(file, 0, 10, memory.view, 0)
             assert bytes(memory.view[:10]) == file.read_bytes()[:10]
 

@@ -19,7 +19,7 @@ from promoe_triton.cli import app
 from promoe_triton.cli.tune import Tuning, parse_shape, shapes_of_model
 from promoe_triton.kernels import measuring
 from promoe_triton.kernels.measuring import Kept, Measurer
-from promoe_triton.kernels.samples import MAIN, SHAPES, TINY
+from promoe_triton.kernels.shapes import MAIN, SHAPES, TINY
 from promoe_triton.kernels.tiles import TABLE, Tile, table_for
 from promoe_triton.kernels.tuning import (
     CANDIDATES,

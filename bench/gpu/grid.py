@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from promoe_triton.kernels.samples import FURTHER, MAIN, SHAPES, TINY, LayerShape
+from promoe_triton.kernels.shapes import FURTHER, MAIN, SHAPES, TINY, TOKENS, LayerShape
 
 OURS, DENSE, ONE_BY_ONE, BACKEND = "ours", "ours, no slots", "ours, one by one", "ours, backend"
 EAGER, BATCHED, GROUPED = "hf eager", "hf batched_mm", "hf grouped_mm"
@@ -21,7 +21,6 @@ OTHERS = ("vllm", "liger")
 VARIANTS = (OURS, DENSE, ONE_BY_ONE, BACKEND, EAGER, BATCHED, GROUPED, *COMPILED, *OTHERS)
 
 FIRST = (1, 8, 16, 512, 8192)
-TOKENS = (1, 2, 4, 8, 16, 32, 128, 512, 2048, 8192)
 KERNELS = {
     "rows, up": (1, 2, 4),
     "rows, down": (1, 2, 4),

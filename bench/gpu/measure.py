@@ -19,8 +19,9 @@ from table import Result
 from torch import Tensor
 
 from promoe_triton.kernels.combine import combine
-from promoe_triton.kernels.samples import SHAPES, relative_error
+from promoe_triton.kernels.samples import relative_error
 from promoe_triton.kernels.schedule import schedule
+from promoe_triton.kernels.shapes import SHAPES
 from promoe_triton.kernels.tiles import TileTable
 from promoe_triton.kernels.timing import Calls, Times, time_eager, time_graph, time_host
 from promoe_triton.kernels.trials import TOLERANCES, Cost, ProductTrial

@@ -14,7 +14,8 @@ import torch
 from stage import Stage
 from torch import Tensor, nn
 
-from promoe_triton.kernels.samples import LayerShape, Routed
+from promoe_triton.kernels.samples import Routed
+from promoe_triton.kernels.shapes import LayerShape
 
 Forward = Callable[[Routed], Tensor]
 

@@ -13,13 +13,16 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+# Last: modules there have names of some that are here.
+sys.path.append(str(ROOT / "bench"))
+
+import watch  # noqa: E402
 
 LOST = 3
 """Exit code of a worker whose device answers no more."""
@@ -58,40 +61,11 @@ def main() -> None:
 
 def supervise(args: argparse.Namespace) -> int:
     """Run workers until one has gone through all cells; a cell that kills its worker or hangs gets a row."""
-    began, forced = time.time(), args.force
     args.out.mkdir(parents=True, exist_ok=True)
     marker = args.out / "current.json"
-    marker.unlink(missing_ok=True)
-    while True:
-        argv = [arg for arg in sys.argv[1:] if arg != "--force"] + (["--force"] if forced else [])
-        worker = subprocess.Popen([sys.executable, __file__, *argv, "--worker", str(began)])
-        try:
-            code = wait(worker, marker)
-        except KeyboardInterrupt:
-            worker.wait(60)
-            code = 130
-        if code == 0 or not marker.exists():
-            break
-        if code == 130:
-            print("interrupted; run again to go on", flush=True)
-            break
-        note_crash(args.out, marker, code)
-        # What was measured again is in the table now: going on must not measure it a third time.
-        forced = False
-    marker.unlink(missing_ok=True)
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(time.time())]
+    code = watch.supervise(command, marker, HANGS, lambda code: note_crash(args.out, marker, code))
     return finish(args.out) or code
-
-
-def wait(worker: subprocess.Popen[bytes], marker: Path) -> int:
-    """Wait for a worker; kill it where one cell takes too long."""
-    while True:
-        try:
-            return worker.wait(2)
-        except subprocess.TimeoutExpired:
-            if marker.exists() and time.time() - marker.stat().st_mtime > HANGS:
-                worker.kill()
-                worker.wait()
-                return -1
 
 
 def note_crash(out: Path, marker: Path, code: int) -> None:
@@ -99,11 +73,10 @@ def note_crash(out: Path, marker: Path, code: int) -> None:
     import table
 
     noted = json.loads(marker.read_text())
-    reason = f"took longer than {HANGS:.0f} s" if code == -1 else f"the process ended with {code}"
+    reason = watch.reason(code, HANGS)
     result = table.row(table.Result(mode=noted["mode"], status="crashed", reason=reason))
     table.append(out / "kernels.csv", noted["columns"], [{**noted["cell"], **result}])
     print(f"  crashed: {reason}; starting again after {noted['cell']}", flush=True)
-    marker.unlink()
 
 
 def finish(out: Path) -> int:
@@ -169,7 +142,7 @@ def measure(args: argparse.Namespace, device: object, cells: list) -> int:  # ty
         "matmul_tflops": f"{roofs.matmul / 1e12:.6g}",
         "dtype": args.dtype,
         **about_device(device),
-        "source": source_hash(with_tiles=False),
+        "source": source_hash(),
         "tiles": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
         "commit": table.commit(),
         "date": table.today(),

@@ -14,15 +14,9 @@ from promoe_triton.kernels.combine import combine
 from promoe_triton.kernels.grouped import grouped_product
 from promoe_triton.kernels.pool import Projection
 from promoe_triton.kernels.rows import rows_product
-from promoe_triton.kernels.samples import (
-    LayerShape,
-    Routed,
-    draw_call,
-    draw_experts,
-    layer_in_float64,
-    sets_needed,
-)
+from promoe_triton.kernels.samples import Routed, draw_call, draw_experts, layer_in_float64, sets_needed
 from promoe_triton.kernels.schedule import SMALL, schedule
+from promoe_triton.kernels.shapes import LayerShape
 from promoe_triton.kernels.tiles import TileTable
 from promoe_triton.kernels.timing import cache_bytes
 from promoe_triton.kernels.trials import Cost

@@ -1,4 +1,4 @@
-"""All commands: ``promoe-triton demo``, ``generate``, ``inspect``, ``simulate`` and ``tune``.
+"""All commands: ``promoe-triton demo``, ``generate``, ``inspect``, ``simulate``, ``trace``, ``train`` and ``tune``.
 
 Exit codes: 0 done, 1 the command failed (or tokens differ), 2 it was used wrongly, 130 interrupted.
 """
@@ -18,6 +18,8 @@ from promoe_triton.cli.generate import generate
 from promoe_triton.cli.inspect import inspect
 from promoe_triton.cli.output import print_error, readable_logging
 from promoe_triton.cli.simulate import simulate_command
+from promoe_triton.cli.trace import trace
+from promoe_triton.cli.train import train_command
 from promoe_triton.cli.tune import tune
 from promoe_triton.errors import PromoeError
 
@@ -45,7 +47,7 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Run Mixture-of-Experts models whose experts rest on disk from a few slots of RAM.",
+    help="Run Mixture-of-Experts models whose experts rest on disk or in RAM from a few slots of faster memory.",
 )
 
 
@@ -72,6 +74,8 @@ app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
 app.command("simulate")(simulate_command)
+app.command()(trace)
+app.command("train")(train_command)
 app.command()(tune)
 
 

@@ -23,6 +23,8 @@ from promoe_triton.errors import PromoeError
 
 PROMPT = "The following example shows how to"
 EXPERT_MB = 9.4
+LARGEST = 1e18
+"""Bytes that no disk has: more than that is refused like that, for its size and not for its digits."""
 
 
 def demo(
@@ -89,10 +91,10 @@ def demo(
 
 def _expert_bytes(model: Path, expert_mb: float | None, gigabytes: float | None, times_ram: float | None) -> int:
     if times_ram is not None:
-        return expert_bytes_for(model, int(times_ram * machine_memory()))
+        return expert_bytes_for(model, int(min(times_ram * machine_memory(), LARGEST)))
     if gigabytes is not None:
-        return expert_bytes_for(model, int(gigabytes * 1e9))
-    return int((expert_mb or EXPERT_MB) * 1e6)
+        return expert_bytes_for(model, int(min(gigabytes * 1e9, LARGEST)))
+    return int(min((expert_mb or EXPERT_MB) * 1e6, LARGEST))
 
 
 def _inflated(model: Path, folder: Path, expert_bytes: int) -> Path:

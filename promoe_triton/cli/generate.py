@@ -47,7 +47,7 @@ def generate(
     io: Annotated[str, typer.Option(help="How experts are read: auto, buffered or direct.")] = "auto",
     policy: Annotated[str, typer.Option(help=f"Which expert leaves: {', '.join(POLICIES)}.")] = "lru",
     predictor: Annotated[
-        str, typer.Option(help=f"What says which experts to copy ahead: {', '.join(PREDICTORS)}.")
+        str, typer.Option(help=f"What says which experts to copy ahead: {', '.join(PREDICTORS)}, or a file.")
     ] = "auto",
     bandwidth: Annotated[
         str | None, typer.Option(help="Read no faster than this (1.5GB/s).", show_default="what the disk gives")

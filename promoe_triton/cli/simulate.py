@@ -16,8 +16,17 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.simulation.description import hardware_names, read_hardware, read_software
 from promoe_triton.simulation.routing import Statistics
 from promoe_triton.simulation.shapes import model_shape
-from promoe_triton.simulation.sweep import PREDICTORS, Choice, Scene, combinations, simulate, synthetic_texts
+from promoe_triton.simulation.sweep import (
+    PREDICTORS,
+    Choice,
+    Scene,
+    combinations,
+    simulate,
+    synthetic_texts,
+    traced_texts,
+)
 from promoe_triton.techniques import ABLATION
+from promoe_triton.traces import read_trace
 
 MODELS = Path(promoe_triton.simulation.__file__).parent / "models"
 
@@ -46,6 +55,9 @@ def simulate_command(
     reuse: Annotated[float, typer.Option(help="Share of experts that a token has from the one before it.")] = 0.35,
     accuracy: Annotated[str, typer.Option(help="Share of right predictions at distance 1, 2, ...")] = "0.85,0.8,0.75",
     seed: Annotated[int, typer.Option(help="Of the routing that is made up.")] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help="A folder of `promoe-triton trace`: its routing, not made-up one.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a CSV file as well.")] = None,
     trust: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
@@ -75,8 +87,11 @@ def simulate_command(
     )
     most = max(choice.prompt for choice in choices)
     count = 2 * max(choice.batch for choice in choices)
-    with working("Making up how tokens are routed"):
-        texts = synthetic_texts(shape, statistics, count, most + tokens)
+    with working("Making up how tokens are routed" if trace is None else f"Reading {trace}"):
+        if trace is None:
+            texts = synthetic_texts(shape, statistics, count, most + tokens)
+        else:
+            texts = traced_texts(read_trace(trace), shape, statistics, most + tokens)
     scene = Scene(shape=shape, hardware=machine, software=read_software(software), texts=texts)
     rows: list[dict[str, Any]] = []
     with steps_progress("Simulating", len(choices)) as done:
@@ -89,8 +104,8 @@ def simulate_command(
     if out is not None:
         _write(out, rows)
     if as_json:
-        about = {"model": shape.name, "hardware": machine.name, "statistics": asdict(statistics)}
-        print_json(about | {"runs": rows})
+        about = {"model": shape.name, "hardware": machine.name, "trace": str(trace) if trace else None}
+        print_json(about | {"statistics": asdict(statistics), "runs": rows})
         return
     _show(rows, f"{shape.name} on {machine.name}")
 
@@ -168,5 +183,6 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
     )
     print_note(
         "Times are means after a first text that fills the cache; routing is made up (--popularity, --reuse, "
-        f"--accuracy). hidden: of what a plain LRU cache waits. Machines: {', '.join(hardware_names())}."
+        "--accuracy) or recorded (--trace). hidden: of what a plain LRU cache waits. "
+        f"Machines: {', '.join(hardware_names())}."
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from promoe_triton.kernels.measuring import Measurer
-    from promoe_triton.kernels.samples import LayerShape
+    from promoe_triton.kernels.shapes import LayerShape
     from promoe_triton.kernels.tiles import TileTable
     from promoe_triton.kernels.tuning import Choice, Place
 
@@ -173,7 +173,7 @@ class Tuning:
         about = about_device(device_to_tune())
         return {
             **{name: about[name] for name in ("device", "driver", "torch", "triton")},
-            "source": source_hash(with_tiles=False),
+            "source": source_hash(),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "shapes": [str(shape) for shape in shapes],
         }
@@ -181,7 +181,7 @@ class Tuning:
 
 def shapes_to_tune(model: str | None, names: Sequence[str]) -> list[LayerShape]:
     """Return the layers named, those of a model, or the benchmark's main ones."""
-    from promoe_triton.kernels.samples import MAIN
+    from promoe_triton.kernels.shapes import MAIN
 
     shapes = [parse_shape(name) for name in names]
     if model is not None:
@@ -191,7 +191,7 @@ def shapes_to_tune(model: str | None, names: Sequence[str]) -> list[LayerShape]:
 
 def parse_shape(text: str) -> LayerShape:
     """Return a layer from "D/F/E/A", with silu between halves, or from the name of one of the benchmark's."""
-    from promoe_triton.kernels.samples import SHAPES, LayerShape
+    from promoe_triton.kernels.shapes import SHAPES, LayerShape
 
     if text in SHAPES:
         return SHAPES[text]
@@ -208,7 +208,7 @@ def shapes_of_model(name: str) -> list[LayerShape]:
     """Return the layers of a model, from its configuration. Raises PromoeError where tiles are not all there is."""
     from promoe_triton.backends.gates import fused_gate
     from promoe_triton.cli.needs import active_experts
-    from promoe_triton.kernels.samples import LayerShape
+    from promoe_triton.kernels.shapes import LayerShape
     from promoe_triton.loading import read_configuration, skeleton_of
     from promoe_triton.patch._swap import find_experts
 

@@ -124,13 +124,18 @@ def check_grouped(
     wave_E: Tensor | None,
     *,
     gather: bool,
+    rows: int,
 ) -> None:
     check_projection(out, x, projection, wave_E)
     check_device(input=x, schedule=schedule.packed, **{"routing weights": weights_TA})
     expect_type(weights_TA.dtype in FLOATS, "routing weights", "a floating type", weights_TA.dtype)
     expect(weights_TA.is_contiguous(), "routing weights", "a contiguous tensor", f"strides {weights_TA.stride()}")
     R = schedule.R
+    # Rows of a block beyond those of the tile would be dropped in silence.
+    expect(schedule.block <= rows, "schedule", f"blocks of at most {rows} rows, as the tile has", schedule.block)
+    size = 2 * R + 3 * schedule.B + 1
+    expect(schedule.packed.shape == (size,), "schedule", f"[{size}]", list(schedule.packed.shape))
     expect(weights_TA.numel() == R, "routing weights", f"{R} as the schedule", list(weights_TA.shape))
-    rows = weights_TA.shape[0] if gather else R
-    expect(x.shape[0] == rows, "input", f"{rows} rows", x.shape[0])
+    taken = weights_TA.shape[0] if gather else R
+    expect(x.shape[0] == taken, "input", f"{taken} rows", x.shape[0])
     expect(out.shape[0] == R, "output", f"{R} rows", out.shape[0])

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from promoe_triton.kernels.launches import Layer
+import torch
+
+from promoe_triton.kernels.shapes import LayerShape
 
 DEVICES = Path(__file__).with_name("devices.json")
 
@@ -57,28 +59,27 @@ class Work:
     bytes: float
     flops: float
 
-    def seconds(self, device: Device, dtype: str) -> float:
+    def seconds(self, device: Device, dtype: torch.dtype) -> float:
         """Return the time a device takes at its peaks."""
-        return max(self.bytes / device.bandwidth, self.flops / device.flops["32" if dtype == "fp32" else "16"])
+        return max(self.bytes / device.bandwidth, self.flops / device.flops[str(8 * dtype.itemsize)])
 
 
-def work(layer: Layer, T: int) -> dict[str, Work]:
+def work(shape: LayerShape, T: int, dtype: torch.dtype) -> dict[str, Work]:
     """Return the least work of each stage, with tokens that choose among all experts alike."""
-    size, R = layer.storage.itemsize, T * layer.A
-    experts = layer.E * (1 - (1 - layer.A / layer.E) ** T)
-    N = 2 * layer.F if layer.gate.gated else layer.F
-    sums = layer.call(T).sum_dtype.itemsize
+    size, R, call = dtype.itemsize, T * shape.A, shape.call(T, dtype)
+    experts = shape.E * (1 - (1 - shape.A / shape.E) ** T)
+    sums = call.sum_dtype.itemsize
 
     def product(rows: int, columns: int, K: int, out: int) -> Work:
-        weights = experts * columns * (K + layer.bias) * size
+        weights = experts * columns * (K + shape.biased) * size
         return Work(bytes=weights + rows * K * size + out, flops=2.0 * R * columns * K)
 
     stages = {
-        "up": product(T, N, layer.D, R * layer.F * size),
-        "down": product(R, layer.D, layer.F, R * layer.D * sums),
-        "combine": Work(bytes=R * layer.D * sums + T * layer.D * size, flops=R * layer.D),
+        "up": product(T, shape.up_rows, shape.D, R * shape.F * size),
+        "down": product(R, shape.D, shape.F, R * shape.D * sums),
+        "combine": Work(bytes=R * shape.D * sums + T * shape.D * size, flops=R * shape.D),
     }
-    if not layer.call(T).by_rows:
+    if not call.by_rows:
         # Ids and weights are read, order and rows of pairs written.
         stages = {"schedule": Work(bytes=R * (8 + size + 8), flops=0.0), **stages}
     return stages

@@ -261,9 +261,9 @@ def grouped_product(
     """Compute the sorted rows of the experts of one wave (None: of all) that are resident; others stay as they are.
 
     gather: x_MK are tokens; otherwise it is sorted as the result. weighted: multiply with the routing weights.
-    The schedule's blocks have tile.rows rows.
+    The schedule's blocks have at most tile.rows rows.
     """
-    check_grouped(out_RN, x_MK, schedule, weights_TA, projection, wave_E, gather=gather)
+    check_grouped(out_RN, x_MK, schedule, weights_TA, projection, wave_E, gather=gather, rows=tile.rows)
     if schedule.R == 0:
         return
     weight, bias, scale = projection.weight, projection.bias or projection.weight, projection.scale or projection.weight

@@ -8,48 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
 from promoe_triton.kernels import combine as combining
-from promoe_triton.kernels import grouped, rows
+from promoe_triton.kernels import grouped, rows, whole
 from promoe_triton.kernels import schedule as scheduling
 from promoe_triton.kernels.checks import IS_INTERPRETED
 from promoe_triton.kernels.pool import Gate, Pool, Projection
-from promoe_triton.kernels.tiles import Call, Shape, Tile, TileTable
+from promoe_triton.kernels.samples import UNIT
+from promoe_triton.kernels.shapes import LayerShape
+from promoe_triton.kernels.tiles import Tile, TileTable
 
 SLOT_BYTES = 1 << 32
 """Slots fill more than 2 GiB, as they do in use: compilers are told of smaller memory."""
-
-UNIT = 64
-"""Elements between two places where experts may lie, as in `backends.triton`."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One MoE layer: what decides which kernels it needs."""
-
-    name: str
-    D: int
-    F: int
-    E: int
-    A: int
-    dtype: str = "bf16"
-    gate: Gate = field(default_factory=lambda: Gate(activation="silu", gated=True))
-    transposed: bool = False
-    bias: bool = False
-
-    @property
-    def storage(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    def call(self, T: int) -> Call:
-        return Call(T=T, A=self.A, E=self.E, dtype=self.storage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +36,19 @@ class Launch:
     grid: int
     args: tuple[Any, ...]
     options: dict[str, Any]
-    tile: Tile | None
+
+    @property
+    def tile(self) -> Tile | None:
+        """The tile of a product."""
+        if "BLOCK_N" not in self.options:
+            return None
+        return Tile(
+            rows=self.options.get("BLOCK_M", 1),
+            columns=self.options["BLOCK_N"],
+            depth=self.options["BLOCK_K"],
+            warps=self.options["num_warps"],
+            stages=self.options["num_stages"],
+        )
 
 
 class Notes:
@@ -70,11 +57,9 @@ class Notes:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.stage = ""
-        self.tile: Tile | None = None
 
     def note(self, kernel: str, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        launch = Launch(stage=self.stage, kernel=kernel, grid=grid[0], args=args, options=options, tile=self.tile)
-        self.launches.append(launch)
+        self.launches.append(Launch(stage=self.stage, kernel=kernel, grid=grid[0], args=args, options=options))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,39 +95,26 @@ def recording() -> Iterator[Notes]:
             setattr(module, name, value)
 
 
-def launches(layer: Layer, T: int, table: TileTable, *, waves: bool = False) -> list[Launch]:
+def launches(shape: LayerShape, T: int, dtype: torch.dtype, table: TileTable, *, waves: bool = False) -> list[Launch]:
     """Return what one call of T tokens launches, in order. waves: some of the experts only, as when slots are few."""
-    call = layer.call(T)
-    A, E, R = layer.A, layer.E, T * layer.A
-    dtype = layer.storage
-    up = _projection(layer, 2 * layer.F if layer.gate.gated else layer.F, layer.D, layer.gate)
-    down = _projection(layer, layer.D, layer.F, Gate())
-    x_TD, ids_TA, weights_TA = (
-        _empty(T, layer.D, dtype=dtype),
-        _empty(T, A, dtype=torch.int64),
-        _empty(T, A, dtype=dtype),
-    )
-    h_RF = _empty(R, layer.F, dtype=dtype)
-    y_RD = _empty(R, layer.D, dtype=call.sum_dtype)
+    call = shape.call(T, dtype)
+    A, E, R = shape.A, shape.E, T * shape.A
+    up = _projection(shape, shape.up_rows, shape.D, shape.gate, dtype)
+    down = _projection(shape, shape.D, shape.F, Gate(), dtype)
+    x_TD, weights_TA = _empty(T, shape.D, dtype=dtype), _empty(T, A, dtype=dtype)
+    ids_TA = _empty(T, A, dtype=torch.int64)
+    h_RF, y_RD = _empty(R, shape.F, dtype=dtype), _empty(R, shape.D, dtype=call.sum_dtype)
     wave_E = _empty(E, dtype=torch.int32) if waves else None
     with recording() as notes:
-        plan = None
-        if not call.by_rows:
-            notes.stage = "schedule"
-            plan = scheduling.schedule(ids_TA, weights_TA, None, experts=E, block=table.block(call))
-        for stage, out, x, projection in (("up", h_RF, x_TD, up), ("down", y_RD, h_RF, down)):
-            notes.stage = stage
-            how: dict[str, Any] = {"weighted": stage == "down"}
-            if plan is None:
-                notes.tile = table.rows(call, _shape(projection))
-                rows.rows_product(out, x, ids_TA, weights_TA, projection, wave_E, tile=notes.tile, **how)
-            else:
-                notes.tile = table.grouped(call, _shape(projection))
-                how |= {"gather": stage == "up", "tile": notes.tile}
-                grouped.grouped_product(out, x, plan, weights_TA, projection, wave_E, **how)
-        notes.stage, notes.tile = "combine", None
-        order = plan.row_of_R if plan is not None else None
-        combining.combine(y_RD, order, x_TD, ids_TA, weights_TA, experts=E, weighted=True)
+        notes.stage = "schedule"
+        rows = whole.plan(ids_TA, weights_TA, call, table)
+        for notes.stage, out, x, projection in (("up", h_RF, x_TD, up), ("down", y_RD, h_RF, down)):
+            is_up = notes.stage == "up"
+            how = {"up": is_up, "weighted": not is_up}
+            whole.product(out, x, ids_TA, weights_TA, rows, projection, wave_E, **how, call=call, table=table)
+        notes.stage = "combine"
+        order_R = None if rows is None else rows.row_of_R
+        combining.combine(y_RD, order_R, x_TD, ids_TA, weights_TA, experts=E, weighted=True)
     return notes.launches
 
 
@@ -150,11 +122,11 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _projection(layer: Layer, N: int, K: int, gate: Gate) -> Projection:
-    slot_of_E = _empty(layer.E, dtype=torch.int64)
-    shape, strides = ((N, K), (1, N)) if layer.transposed else ((N, K), (K, 1))
-    weight = _pool(slot_of_E, shape, strides, layer.storage)
-    bias = _pool(slot_of_E, (N,), (1,), layer.storage) if layer.bias else None
+def _projection(shape: LayerShape, N: int, K: int, gate: Gate, dtype: torch.dtype) -> Projection:
+    slot_of_E = _empty(shape.E, dtype=torch.int64)
+    strides = (1, N) if shape.transposed else (K, 1)
+    weight = _pool(slot_of_E, (N, K), strides, dtype)
+    bias = _pool(slot_of_E, (N,), (1,), dtype) if shape.biased else None
     return Projection(weight=weight, bias=bias, gate=gate)
 
 
@@ -163,7 +135,3 @@ def _pool(slot_of_E: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, .
     size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     slots = (len(flat) - size) // UNIT + 1
     return Pool(data=flat.as_strided((slots, *shape), (UNIT, *strides)), slot_of_E=slot_of_E)
-
-
-def _shape(projection: Projection) -> Shape:
-    return Shape(N=projection.N, K=projection.K, gated=projection.gate.gated, transposed=projection.is_transposed)

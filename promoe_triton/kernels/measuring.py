@@ -17,7 +17,8 @@ import torch
 from promoe_triton.errors import PromoeError
 from promoe_triton.kernels.checks import IS_INTERPRETED
 from promoe_triton.kernels.provenance import about_device, source_hash
-from promoe_triton.kernels.samples import Experts, LayerShape, draw_call, draw_experts, sets_needed
+from promoe_triton.kernels.samples import Experts, draw_call, draw_experts, sets_needed
+from promoe_triton.kernels.shapes import LayerShape
 from promoe_triton.kernels.tiles import Tile, target_of
 from promoe_triton.kernels.timing import cache_bytes, time_graph, time_host
 from promoe_triton.kernels.trials import TOLERANCES, ProductTrial
@@ -123,7 +124,7 @@ class Measurer:
         del shape["name"]
         return {
             **{name: about[name] for name in ("device", "driver", "torch", "triton")},
-            "source": source_hash(with_tiles=False),
+            "source": source_hash(),
             "dtype": str(self._dtype).removeprefix("torch."),
             "shape": shape,
             "T": product.problem.T,

@@ -84,7 +84,7 @@ def grouped_product(
     out: Tensor,
     x: Tensor,
     schedule: Tensor,
-    blocks: int,
+    block: int,
     weights: Tensor,
     wave: Tensor | None,
     weight: Tensor,
@@ -99,9 +99,10 @@ def grouped_product(
     weighted: bool,
     tile: Sequence[int],
 ) -> None:
-    """See `grouped.grouped_product`; schedule: packed, with so many blocks."""
+    """See `grouped.grouped_product`; schedule: packed, in blocks of so many rows."""
     projection = _projection(weight, weight_slots, bias, bias_slots, scale, scale_slots, gate, numbers)
-    plan = Schedule(packed=schedule, R=weights.numel(), B=blocks)
+    R = weights.numel()
+    plan = Schedule(packed=schedule, R=R, B=blocks_at_most(R, projection.experts, block), block=block)
     grouped.grouped_product(out, x, plan, weights, projection, wave, gather=gather, weighted=weighted, tile=_tile(tile))
 
 

@@ -40,11 +40,15 @@ PACKED = ["order_ptr", "row_ptr", "expert_ptr", "first_ptr", "end_ptr", "blocks_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """The rows of one call, grouped by expert: views of one int32 tensor, as `schedule` fills it."""
+    """The rows of one call, grouped by expert: views of one int32 tensor, as `schedule` fills it.
+
+    block: how many rows a block has at most.
+    """
 
     packed: Tensor
     R: int
     B: int
+    block: int
 
     @property
     def order_R(self) -> Tensor:
@@ -236,7 +240,7 @@ def schedule(
         expect(rank_E.shape == (experts,), "ranks", f"[{experts}]", list(rank_E.shape))
     R, E = ids_TA.numel(), experts
     B = blocks_at_most(R, E, block)
-    result = Schedule(packed=ids_TA.new_empty(2 * R + 3 * B + 1, dtype=torch.int32), R=R, B=B)
+    result = Schedule(packed=ids_TA.new_empty(2 * R + 3 * B + 1, dtype=torch.int32), R=R, B=B, block=block)
     if R == 0:
         result.blocks.zero_()
         return result

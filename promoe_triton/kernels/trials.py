@@ -11,8 +11,9 @@ from torch import Tensor
 
 from promoe_triton.kernels.grouped import grouped_product
 from promoe_triton.kernels.rows import rows_product
-from promoe_triton.kernels.samples import Experts, LayerShape, Routed, product_in_float64, relative_error
+from promoe_triton.kernels.samples import Experts, Routed, product_in_float64, relative_error
 from promoe_triton.kernels.schedule import SMALL, Schedule, schedule
+from promoe_triton.kernels.shapes import LayerShape
 from promoe_triton.kernels.tiles import Shape, Tile
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}

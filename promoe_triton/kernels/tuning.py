@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from promoe_triton.kernels.samples import LayerShape
+from promoe_triton.kernels.shapes import LayerShape
 from promoe_triton.kernels.tiles import Tile, TileTable
 
 CANDIDATES = Path(__file__).with_name("candidates.json")

@@ -6,10 +6,10 @@ What the kernels are compared with; nothing in the package computes with it. Her
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from promoe_triton.kernels.pool import Gate, Pool, Projection
@@ -39,10 +39,7 @@ def activate(y_N: Tensor, gate: Gate) -> Tensor:
     """Return what becomes of the columns of one row's product."""
     if not gate.gated:
         return activate_one(y_N, gate.activation)
-    turns = "(n two) -> two n" if gate.interleaved else "(two n) -> two n"
-    g: Tensor
-    u: Tensor
-    g, u = rearrange(y_N, turns, two=2)
+    g, u = (y_N[::2], y_N[1::2]) if gate.interleaved else y_N.chunk(2)
     if gate.activation == "clamped_swiglu":
         g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
         return g * torch.sigmoid(gate.alpha * g) * (u + 1)
@@ -86,7 +83,7 @@ def schedule(
 ) -> Schedule:
     """See `schedule.schedule`; how many pairs are few makes no difference."""
     R = ids_TA.numel()
-    result = Schedule(packed=ids_TA.new_empty(0), R=R, B=blocks_at_most(R, experts, block))
+    result = Schedule(packed=ids_TA.new_empty(0), R=R, B=blocks_at_most(R, experts, block), block=block)
     ids, weights = ids_TA.flatten().tolist(), weights_TA.flatten().tolist()
     ranks = [0] * experts if rank_E is None else rank_E.tolist()
     used = [r for r, (e, weight) in enumerate(zip(ids, weights, strict=True)) if 0 <= e < experts and weight != 0]
@@ -101,7 +98,7 @@ def schedule(
             blocks.append((ids[r], row, row + 1))
     columns = [[b[i] for b in blocks] + [-1] * (result.B - len(blocks)) for i in range(3)]
     packed = [*order, *[-1] * (R - len(order)), *row_of, *columns[0], *columns[1], *columns[2], len(blocks)]
-    return Schedule(packed=torch.tensor(packed, dtype=torch.int32, device=ids_TA.device), R=R, B=result.B)
+    return replace(result, packed=torch.tensor(packed, dtype=torch.int32, device=ids_TA.device))
 
 
 def grouped_product(

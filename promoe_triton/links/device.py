@@ -28,7 +28,8 @@ class DeviceFiller:
         self._streams = streams
         self._views = Views()
         self._fences: dict[tuple[int, int], Any] = {}
-        self._everything: Any = None
+        # The allocator may have given the slots memory that work issued before still reads.
+        self._everything = streams.mark()
         self._here = threading.local()
 
     def cuts(self, transfer: Transfer) -> Cuts:

@@ -81,9 +81,9 @@ class SlotFiller:
         image, memory = self.image(transfer), self._memory_of_layer[transfer.key.layer]
         if self._store.staged(transfer.key.layer):
             return self._store.convert(transfer.key, image, memory.slot(transfer.slot), reader)
-        if chunk.begin == 0:
-            for file, offset in image.files.items():
-                reader.check(file, offset)  # opens it anew where it was exchanged for an equal one
+        if transfer.source is None:
+            noted = reader.check(image.files)
+            transfer.source = transfer.source or noted
         begin = chunk.begin
         while begin < chunk.end:
             index = bisect.bisect_right(image.ends, begin)
@@ -104,9 +104,7 @@ class SlotFiller:
     def finish(self, transfer: Transfer) -> ExpertTensors:
         image, memory = self.image(transfer), self._memory_of_layer[transfer.key.layer]
         if not self._store.staged(transfer.key.layer):
-            for file, offset in image.files.items():
-                # Only a file that is still the same after the last read has surely been the same at the first.
-                self._reader.check(file, offset)
+            self._reader.check(image.files, transfer.source)
             apply_moves(image, memory.slot(transfer.slot))
         return self._views.of(image, memory, transfer.slot)
 

@@ -106,18 +106,25 @@ class HostSource:
         self._releases: list[Release] = []
         self._unpinned: list[range] = []
         pages = _pages(store.tensors())
-        for part in transformers_logging.tqdm(pages, desc="Registering experts with the device", leave=False):
-            release = streams.pin(part.start, len(part))
-            if release is None:
-                self._unpinned.append(part)
-            else:
-                self._releases.append(release)
+        try:
+            self._register(pages, streams)
+        except BaseException:
+            self.close()  # an interruption must not leave the experts locked in memory
+            raise
         if self._unpinned:
             logger.warning(
                 "%s of %s of experts could not be registered with the device, and are copied on their way",
                 format_size(sum(map(len, self._unpinned))),
                 format_size(sum(map(len, pages))),
             )
+
+    def _register(self, pages: Iterable[range], streams: Streams) -> None:
+        for part in transformers_logging.tqdm(pages, desc="Registering experts with the device", leave=False):
+            release = streams.pin(part.start, len(part))
+            if release is None:
+                self._unpinned.append(part)
+            else:
+                self._releases.append(release)
 
     def image(self, transfer: Transfer) -> SlotImage:
         return self._store.image(transfer.key, transfer.part)
@@ -163,9 +170,9 @@ class DiskSource:
         return self._store.staged(transfer.key.layer)
 
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
-        if index == 0 and skip == 0:
-            for file, offset in self.image(transfer).files.items():
-                self._reader.check(file, offset)  # opens it anew where it was exchanged for an equal one
+        if transfer.source is None:
+            noted = self._reader.check(self.image(transfer).files)
+            transfer.source = transfer.source or noted
         room = self._rings.room(nbytes + 2 * PAGE)
         first = self._reader.read(extent.file, extent.offset + skip, nbytes, room.view, 0)
         return room.slot(0)[first : first + nbytes]
@@ -176,8 +183,7 @@ class DiskSource:
 
     def check(self, transfer: Transfer) -> None:
         if not self.is_whole(transfer):
-            for file, offset in self.image(transfer).files.items():
-                self._reader.check(file, offset)  # only what is still the same has surely been so all the time
+            self._reader.check(self.image(transfer).files, transfer.source)
 
     def describe(self, transfer: Transfer) -> str:
         first = self.image(transfer).extents[0]

@@ -14,6 +14,9 @@ from torch import Tensor
 
 Release = Callable[[], None]
 
+PORTABLE = 1
+"""cudaHostRegisterPortable: registered for every GPU of the process, not only for the thread's current one."""
+
 
 class Lane(Protocol):
     """A stream of copies, used by one thread."""
@@ -81,11 +84,14 @@ class CudaStreams:
 
     def pin(self, address: int, nbytes: int) -> Release | None:
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        if int(runtime.cudaHostRegister(address, nbytes, 0)):
-            # The runtime keeps the error for whoever asks next, which would be an innocent kernel.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=self._device)
-            return None
+        # Of this device: else the call would open a context, half a gigabyte, on the first GPU.
+        with torch.cuda.device(self._device):
+            if int(runtime.cudaHostRegister(address, nbytes, PORTABLE)):
+                # The runtime keeps the error for this thread's next kernel, an innocent one: this one. (Zeros may be
+                # written without a kernel.)
+                with contextlib.suppress(RuntimeError):
+                    torch.ones(1, device=self._device)
+                return None
         return lambda: runtime.cudaHostUnregister(address)
 
 

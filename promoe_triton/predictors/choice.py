@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import nn
 
+from promoe_triton.config import LEARNED
 from promoe_triton.errors import PromoeError
 from promoe_triton.predictors.bounds import RandomPredictor
 from promoe_triton.predictors.gate import GatePredictor
 from promoe_triton.predictors.gates import read_gates
+from promoe_triton.predictors.learned import load_corrections
 from promoe_triton.predictors.reach import Reach, RoutedLayers, find_layers
 from promoe_triton.predictors.tables import HistoryPredictor, TokenPredictor
 from promoe_triton.protocols import Predictor
@@ -19,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_predictor(name: str, model: nn.Module, experts: Mapping[str, int], reach: Reach) -> Predictor | None:
-    """Return the predictor of that name; None for ``"none"``.
+    """Return the predictor of that name, or from that file; None for ``"none"``.
 
     experts: how many experts each experts module has, by its path, in the model's order. Raises PromoeError where
     the model cannot have this predictor; ``"auto"`` then takes what it can have.
@@ -43,7 +46,8 @@ def make_predictor(name: str, model: nn.Module, experts: Mapping[str, int], reac
     for path, why in gates.refused.items():
         logger.info("no gate prediction for %s: %s", path, why)
     if any(gate is not None for gate in gates.layers):
-        return GatePredictor(gates, reach)
+        learned = load_corrections(Path(name), gates) if name.endswith(LEARNED) else None
+        return GatePredictor(gates, reach, learned)
     if name == "auto":
         return HistoryPredictor(layers, reach)
     whys = "; ".join(sorted({*gates.refused.values()}))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from promoe_triton.predictors.gates import Gate, Gates, TokenRoutes
+from promoe_triton.predictors.learned import Correction, Corrections
 from promoe_triton.predictors.norms import Norm, Standard
 from promoe_triton.predictors.reach import Reach, Target
 from promoe_triton.predictors.scoring import Rule, over_tokens
@@ -37,10 +38,12 @@ class GatePredictor:
     The first observation of each layer is compared with what its router chose; a layer that differs is reported
     once, by name, and neither looked ahead from nor predicted. That comparison waits for the host, nothing else
     does. Scores are the router's own, summed over tokens.
+    corrections: what is added to the logits, where it was learned (see `learned`).
     """
 
-    def __init__(self, gates: Gates, reach: Reach) -> None:
+    def __init__(self, gates: Gates, reach: Reach, corrections: Corrections | None = None) -> None:
         self._gates = list(gates.layers)
+        self._corrections = corrections or {}
         self._reach = reach
         self._layers_after = {
             (layer, seam): tuple(reach.targets(gates.stacks, layer, seam))
@@ -78,7 +81,10 @@ class GatePredictor:
 
     def _look(self, run: _Run, u_TD: Tensor) -> list[Prediction]:
         """Ask the routers of a run of layers in one product."""
-        logits_TG = torch.addmm(run.bias_G, u_TD.to(run.weight_DG.dtype), run.weight_DG)
+        u_TD = u_TD.to(run.weight_DG.dtype)
+        logits_TG = torch.addmm(run.bias_G, u_TD, run.weight_DG)
+        if run.code_DR is not None and run.out_RG is not None:
+            logits_TG.addmm_(u_TD @ run.code_DR, run.out_RG)
         scores_TNG = run.rule.scores(logits_TG.view(len(u_TD), len(run.targets), -1), run.correction_NG)
         scores_NE = over_tokens(scores_TNG)[:, : run.experts]
         best_NK, ids_NK = scores_NE.topk(self._reach.named(run.experts, run.rule.active, len(u_TD)))
@@ -107,7 +113,12 @@ class GatePredictor:
         if key not in self._plans:
             source = self._gates[seen.layer]
             assert source is not None
-            self._plans[key] = tuple(_runs(self._banks, self._gates, source.norm, self._layers_after[key]))
+            runs = _runs(self._banks, self._gates, source.norm, self._layers_after[key])
+            correction = self._corrections.get(key)
+            if correction is not None:
+                order = [target.layer for target in self._layers_after[key]]
+                runs = [_corrected(run, correction.like(run.weight_DG), order) for run in runs]
+            self._plans[key] = tuple(runs)
         return self._plans[key]
 
     def _confirm(self, source: Gate | TokenRoutes, seen: Observation, state_TD: Tensor) -> None:
@@ -155,7 +166,7 @@ class _Bank:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Run:
-    """Consecutive layers of a bank, as one product."""
+    """Consecutive layers of a bank, as one product; code_DR and out_RG: of a correction, if there is one."""
 
     targets: tuple[Target, ...]
     experts: int
@@ -163,6 +174,16 @@ class _Run:
     weight_DG: Tensor
     bias_G: Tensor
     correction_NG: Tensor | None
+    code_DR: Tensor | None = None
+    out_RG: Tensor | None = None
+
+
+def _corrected(run: _Run, correction: Correction, order: Sequence[int]) -> _Run:
+    """Return a run with its part of a correction. order: the layers in reach, as the correction has them."""
+    places = [order.index(target.layer) for target in run.targets]
+    nothing_RG = torch.zeros_like(correction.out_RHG[:, 0])
+    parts = [correction.out_RHG[:, i] if i < correction.reach else nothing_RG for i in places]
+    return replace(run, code_DR=correction.code_DR, out_RG=torch.cat(parts, 1))
 
 
 def _banks(gates: Gates) -> list[_Bank]:

@@ -19,8 +19,10 @@ Ids = NDArray[np.int16]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """A text as a model routes it. ids: by layer, int16 [T, A]. named: by distance - 1 and layer, int16 [T, A], what is
-    predicted for a layer from so many layers before it, most likely first; empty: nothing is predicted.
+    """A text as a model routes it.
+
+    ids: by layer, int16 [T, A]; -1: no expert. named: by distance - 1 and layer, int16 [T, A], what is predicted for a
+    layer from so many layers before it, most likely first; empty: nothing is predicted.
     """
 
     ids: Sequence[Ids]
@@ -55,8 +57,9 @@ class Pass:
     def rows(self, layer: int) -> dict[int, int]:
         """Return how many rows each expert has in a layer: for one token in the order chosen, else by number."""
         if self.tokens == 1:
-            return dict.fromkeys(self.ids[layer][0].tolist(), 1)
-        experts, counts = np.unique(self.ids[layer], return_counts=True)
+            return dict.fromkeys([e for e in self.ids[layer][0].tolist() if e >= 0], 1)
+        ids_TA = self.ids[layer]
+        experts, counts = np.unique(ids_TA[ids_TA >= 0], return_counts=True)
         return dict(zip(experts.tolist(), counts.tolist(), strict=True))
 
     def ranked(self, distance: int, layer: int, experts: int) -> list[int]:

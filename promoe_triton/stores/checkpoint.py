@@ -99,9 +99,10 @@ class CheckpointStore:
                 staging = self._stage(sum(round_up(ref.nbytes) + 2 * PAGE for ref in shares.values()))
                 tensors, start = {}, 0
                 for pattern, ref in shares.items():
-                    reader.check(ref.file, ref.offset)
+                    place = {ref.file: ref.offset}
+                    known = reader.check(place)
                     first = reader.read(ref.file, ref.offset, ref.nbytes, staging.view, start)
-                    reader.check(ref.file, ref.offset)  # again: it may have changed while it was read
+                    reader.check(place, known)
                     raw = staging.slot(0)[first : first + ref.nbytes]
                     if first % ref.dtype.itemsize:
                         raw = raw.clone()  # a view must begin at a multiple of the dtype's size
@@ -124,11 +125,10 @@ class CheckpointStore:
             if self.staged(key.layer):
                 self.convert(key, image, slot.slot(0), reader)
             else:
+                known = reader.check(image.files)
                 for extent in image.extents:
-                    reader.check(extent.file, extent.offset)
                     reader.read_into(extent.file, extent.offset, extent.nbytes, slot.view, extent.slot_offset)
-                for file, offset in image.files.items():
-                    reader.check(file, offset)  # again: it may have changed while it was read
+                reader.check(image.files, known)
         return image.views(slot.slot(0))
 
 

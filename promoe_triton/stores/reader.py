@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -45,14 +46,23 @@ class FileReader:
     ) -> None:
         self.close()
 
-    def check(self, file: Path, offset: int) -> None:
-        """Raise PromoeError unless `file`, which is read at `offset`, is still the one that was indexed."""
-        self._unchanged.check(file, offset)
-        # Not by what that returned: whoever asked first was told, and this may be another reader of the same files.
-        with self._lock:
-            handle = self._handles.get(file)
-            if handle is not None and handle.identity != self._unchanged.identity(file):
-                del self._handles[file]
+    def check(self, files: Mapping[Path, int], since: object = None) -> object:
+        """Raise PromoeError unless these files, read at these offsets, are still those that were indexed.
+
+        Returns what tells them from files that are written later. since: what an earlier call returned; raises also
+        where one of them has been written in between, and restored: what was read meanwhile may be of either.
+        """
+        for file, offset in files.items():
+            self._unchanged.check(file, offset)
+            # Not by what that returned: whoever asked first was told, and this may be another reader of the same files.
+            with self._lock:
+                handle = self._handles.get(file)
+                if handle is not None and handle.identity != self._unchanged.identity(file):
+                    del self._handles[file]
+        stamps = {file: self._unchanged.stamp(file) for file in files}
+        if since is not None and stamps != since:
+            raise PromoeError(f"{', '.join(map(str, files))}: written anew while an expert was read; call again")
+        return stamps
 
     def _open(self, file: Path) -> _Handle:
         with self._lock:

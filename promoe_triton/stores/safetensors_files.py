@@ -137,6 +137,10 @@ class Unchanged:
     def files(self) -> Mapping[Path, object]:
         return self._stamps
 
+    def stamp(self, file: Path) -> object:
+        """Return what tells the file that was checked last from one written since, even with equal contents."""
+        return self._stamps[file]
+
     def identity(self, file: Path) -> tuple[int, int]:
         """Return device and inode of the file that was checked last: handles to any other are stale."""
         stamp = self._stamps[file]

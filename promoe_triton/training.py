@@ -1,0 +1,241 @@
+"""Training the learned predictor from a trace, in minutes on a CPU (paper, section on the learned predictor).
+
+For each layer and seam a correction of low rank is fitted, so that the logits of the layers in reach come near to what
+their routers then gave: least divergence between both softmaxes, by Adam. Documents, never tokens, are held out; what
+does not get better on those stays zero.
+
+Letters: N tokens, H layers in reach, G rows of a router, D model dim, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from promoe_triton.errors import PromoeError
+from promoe_triton.predictors.gates import Gate, Gates
+from promoe_triton.predictors.learned import Correction, Source
+from promoe_triton.predictors.reach import Reach, Target
+from promoe_triton.protocols import Seam
+from promoe_triton.traces import Document, Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to train. distance: layers ahead; rank: R; patience: epochs without progress before it ends."""
+
+    distance: int = 4
+    rank: int = 32
+    epochs: int = 30
+    patience: int = 3
+    batch: int = 1024
+    rate: float = 2e-3
+    held_out: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How many of the A experts named for a layer it then chose, on held-out documents: of the gate, and corrected."""
+
+    layer: int
+    seam: str
+    ahead: int
+    target: int
+    gate: float
+    learned: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Examples:
+    """What one source saw (u, standardised), what its gates say, and what came of it."""
+
+    u_ND: Tensor
+    truth_NHG: Tensor
+    chosen_NHG: Tensor
+
+
+def sources(gates: Gates, distance: int) -> dict[Source, list[Target]]:
+    """Return from where predictions are made while a model runs, and of which layers: those with a gate alike."""
+    reach = Reach(distance=distance)
+    firsts = {stack: layer for layer, stack in reversed(list(enumerate(gates.stacks)))}.values()
+    lasts = {stack: layer for layer, stack in enumerate(gates.stacks)}.values()
+    found = {}
+    for layer, gate in enumerate(gates.layers):
+        for seam in Seam:
+            if layer not in {Seam.ENTERED: firsts, Seam.LEFT: lasts}.get(seam, (layer,)):
+                continue
+            targets = list(reach.targets(gates.stacks, layer, seam))
+            alike = all(_alike(gates.layers[target.layer], gate) for target in targets)
+            if targets and isinstance(gate, Gate) and alike:
+                found[layer, seam] = targets
+    return found
+
+
+def _alike(one: object, other: object) -> bool:
+    return (
+        isinstance(one, Gate)
+        and isinstance(other, Gate)
+        and (one.weight_GD.shape, one.rule, one.norm.standard)
+        == (other.weight_GD.shape, other.rule, other.norm.standard)
+    )
+
+
+def check_trace(trace: Trace, gates: Gates) -> None:
+    """Raise PromoeError unless a trace has the hidden states of the model whose gates these are."""
+    shapes = [(layer.experts, layer.hidden) for layer in trace.layers]
+    ours = [(gate.experts, gate.weight_GD.shape[1]) if isinstance(gate, Gate) else None for gate in gates.layers]
+    if len(shapes) != len(ours) or any(one not in (None, shape) for one, shape in zip(ours, shapes, strict=True)):
+        raise PromoeError(f"the trace in {trace.folder} is of another model: {trace.about.get('model')}")
+    if next(trace.read()).state_TD(0) is None:
+        raise PromoeError(f"the trace in {trace.folder} has no hidden states; record it with --states")
+    if trace.documents < 2:
+        raise PromoeError(f"the trace in {trace.folder} has a single document, and some must be held out")
+
+
+def train(
+    trace: Trace, gates: Gates, recipe: Recipe, step: Callable[[str], None] = lambda what: None
+) -> tuple[dict[Source, Correction], list[Score]]:
+    """Return the corrections of all sources, and how good they are. step: is told after each of the `sources`."""
+    check_trace(trace, gates)
+    corrections, scores = {}, []
+    order = torch.randperm(trace.documents, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    held_out = {*order[: max(round(recipe.held_out * trace.documents), 1)]}
+    for source, targets in sources(gates, recipe.distance).items():
+        examples = _examples((d for d in trace.read() if d.number not in held_out), gates, source, targets)
+        tests = _examples((d for d in trace.read() if d.number in held_out), gates, source, targets)
+        if examples is None or tests is None:
+            step(f"layer {source[0]}: no {source[1].name.lower()} state in the trace")
+            continue
+        corrections[source] = _fit(examples, tests, gates, targets, recipe)
+        found = _scores(tests, gates, source, targets, corrections[source])
+        scores += found
+        step(f"layer {source[0]}, {source[1].name.lower()}: {found[0].gate:.1%} to {found[0].learned:.1%}")
+    return corrections, scores
+
+
+def _examples(
+    documents: Iterable[Document], gates: Gates, source: Source, targets: Sequence[Target]
+) -> _Examples | None:
+    parts = [part for d in documents if (part := _of_document(d, gates, source, targets)) is not None]
+    if not parts:
+        return None
+    u_ND, truth_NHG, chosen_NHG = (torch.cat([part[i] for part in parts]) for i in range(3))
+    return _Examples(u_ND=u_ND, truth_NHG=truth_NHG, chosen_NHG=chosen_NHG)
+
+
+def _of_document(
+    document: Document, gates: Gates, source: Source, targets: Sequence[Target]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    layer, seam = source
+    gate = _gate(gates, layer)
+    match seam:
+        case Seam.ENTERED:
+            state_TD = document.entered_TD(layer)
+        case Seam.ROUTED:
+            state_TD = document.state_TD(layer)
+        case Seam.LEFT:
+            state_TD = document.left_TD()
+    if state_TD is None:
+        return None
+    u_TD = gate.norm.undo(state_TD) if seam is Seam.ROUTED else gate.norm.standardise(state_TD)
+    steps = targets[0].steps
+    truth, chosen = [], []
+    for target in targets:
+        later = _gate(gates, target.layer)
+        seen_TD = document.state_TD(target.layer)
+        if seen_TD is None:
+            return None
+        truth.append(_logits(later, later.norm.undo(seen_TD)).half())
+        hot_TG = torch.zeros_like(truth[-1], dtype=torch.bool)
+        ids_TA = document.expert_ids_TA(target.layer)
+        known_TA = ids_TA < hot_TG.shape[1]
+        hot_TG.scatter_(1, ids_TA.clamp(max=hot_TG.shape[1] - 1), known_TA)
+        chosen.append(hot_TG)
+    # What comes `steps` tokens later is beside what was seen.
+    T = document.tokens - steps
+    return u_TD[:T], torch.stack(truth, 1)[steps:], torch.stack(chosen, 1)[steps:]
+
+
+def _gate(gates: Gates, layer: int) -> Gate:
+    gate = gates.layers[layer]
+    assert isinstance(gate, Gate)
+    return gate
+
+
+def _logits(gate: Gate, u_TD: Tensor) -> Tensor:
+    return torch.addmm(gate.bias_G.float(), u_TD.float(), gate.weight_GD.float().T)
+
+
+def _fit(examples: _Examples, tests: _Examples, gates: Gates, targets: Sequence[Target], recipe: Recipe) -> Correction:
+    generator = torch.Generator().manual_seed(recipe.seed)
+    weight_DX, bias_X = _joined(gates, targets)
+    D, H = weight_DX.shape[0], len(targets)
+    code_DR = (torch.randn(D, recipe.rank, generator=generator) * D**-0.5).requires_grad_()
+    out_RX = torch.zeros(recipe.rank, weight_DX.shape[1], requires_grad=True)
+
+    def loss(u_ND: Tensor, truth_NHG: Tensor) -> Tensor:
+        logits_NX = torch.addmm(bias_X, u_ND, weight_DX) + (u_ND @ code_DR) @ out_RX
+        found = F.log_softmax(logits_NX.view(len(u_ND), H, -1), -1)
+        return F.kl_div(found, F.log_softmax(truth_NHG.float(), -1), log_target=True, reduction="sum") / len(u_ND)
+
+    def kept() -> tuple[Tensor, Tensor]:
+        return code_DR.detach().clone(), out_RX.detach().clone()
+
+    optimiser = torch.optim.Adam([code_DR, out_RX], lr=recipe.rate)
+    with torch.no_grad():
+        least, best, since = float(loss(tests.u_ND, tests.truth_NHG)), kept(), 0
+    for _ in range(recipe.epochs):
+        shuffled_N = torch.randperm(len(examples.u_ND), generator=generator)
+        for begin in range(0, len(shuffled_N), recipe.batch):
+            part_N = shuffled_N[begin : begin + recipe.batch]
+            optimiser.zero_grad()
+            loss(examples.u_ND[part_N], examples.truth_NHG[part_N]).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        with torch.no_grad():
+            now = float(loss(tests.u_ND, tests.truth_NHG))
+        since += 1
+        if now < least:
+            least, best, since = now, kept(), 0
+        if since >= recipe.patience:
+            break
+    dtype = _gate(gates, targets[0].layer).weight_GD.dtype
+    code, out = best
+    return Correction(code_DR=code.to(dtype), out_RHG=out.view(recipe.rank, H, -1).to(dtype))
+
+
+def _joined(gates: Gates, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+    """Return the weights [D, H G] and biases [H G] of all targets."""
+    found = [_gate(gates, target.layer) for target in targets]
+    return torch.cat([gate.weight_GD.float() for gate in found]).T, torch.cat([gate.bias_G.float() for gate in found])
+
+
+@torch.no_grad()
+def _scores(
+    tests: _Examples, gates: Gates, source: Source, targets: Sequence[Target], correction: Correction
+) -> list[Score]:
+    weight_DX, bias_X = _joined(gates, targets)
+    plain_NHG = torch.addmm(bias_X, tests.u_ND, weight_DX).view(tests.truth_NHG.shape)
+    more_NX = (tests.u_ND @ correction.code_DR.float()) @ correction.out_RHG.float().flatten(1)
+    learned_NHG = plain_NHG + more_NX.view(plain_NHG.shape)
+
+    def accuracy(logits_NG: Tensor, place: int) -> float:
+        gate = _gate(gates, targets[place].layer)
+        named_NA = gate.rule.scores(logits_NG, gate.correction_G)[:, : gate.experts].topk(gate.rule.active).indices
+        return float(tests.chosen_NHG[:, place].gather(1, named_NA).float().mean())
+
+    return [
+        Score(
+            layer=source[0],
+            seam=source[1].name,
+            ahead=place + (source[1] is not Seam.ENTERED),
+            target=target.layer,
+            gate=accuracy(plain_NHG[:, place], place),
+            learned=accuracy(learned_NHG[:, place], place),
+        )
+        for place, target in enumerate(targets)
+    ]

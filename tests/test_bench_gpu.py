@@ -1,0 +1,105 @@
+"""The benchmark of copying ahead over a GPU's bus: rehearsed without one, and what watches its worker."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture(autouse=True)
+def _bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the benchmark's modules importable, as they are where it runs."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def run(out: Path, *args: str) -> str:
+    """Run the benchmark as a person does, without a GPU."""
+    done = subprocess.run(
+        [sys.executable, BENCH / "proactive_gpu.py", "--out", out, "--quick", *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rehearsal_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    picked = (
+        "--only",
+        "proactive: prefill, 16",
+        "layers: Qwen3-30B, T 1, 50",
+        "layers-25gbps: DeepSeek-V2-Lite, T 1, 50",
+    )
+    run(tmp_path, *picked)
+    found = {path.stem: rows_of(path) for path in tmp_path.glob("*.csv")}
+    assert {"proactive", "layers", "layers-25gbps"} == found.keys()
+    rows = [row for of in found.values() for row in of]
+    assert "failed" not in {row["metric"] for row in rows}
+    assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
+    assert all(row["device"] and row["torch"] and row["triton"] and row["commit"] for row in rows)
+    timed = {row["variant"] for row in found["layers"] if row["metric"] == "time"}
+    assert timed == {"lru", "preemption + reorder, no prediction", "resident"}
+    assert not (tmp_path / "current.json").exists()
+    run(tmp_path, *picked)
+    assert {path.stem: rows_of(path) for path in tmp_path.glob("*.csv")} == found
+
+
+def test_minutes_end_a_run(tmp_path: Path) -> None:
+    assert "are left; run again" in run(tmp_path, "--minutes", "0.0001")
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_what_comes_first() -> None:
+    import proactive_gpu
+
+    cases = list(map(str, proactive_gpu.cases(quick=False)))
+    assert len(cases) == len(set(cases))
+    first = cases[:9]
+    for text in (
+        "proactive: decode, 50.0%",
+        "others: ",
+        "proactive-25gbps: decode, 50.0%",
+        "urgent",
+        "prefill, 512",
+        "layers: ",
+    ):
+        assert any(text in case for case in first), text
+    assert {case.split(":")[0] for case in cases} >= {
+        "proactive-deepseek",
+        "proactive-deepseek-25gbps",
+        "layers-25gbps",
+    }
+
+
+@pytest.mark.parametrize(("code", "noted"), [("3", [3]), ("4", [])], ids=["died", "noted it itself"])
+def test_a_worker_that_ends_early_is_followed_by_another(code: str, noted: list[int], tmp_path: Path) -> None:
+    import watch
+
+    marker, first = tmp_path / "current.json", tmp_path / "first"
+    worker = (
+        "import pathlib, sys; first = pathlib.Path(sys.argv[1])\n"
+        "if first.exists(): sys.exit(0)\n"
+        "first.touch(); pathlib.Path(sys.argv[2]).touch(); sys.exit(int(sys.argv[3]))"
+    )
+    seen: list[Any] = []
+    command = [sys.executable, "-c", worker, str(first), str(marker), code]
+    assert watch.supervise(command, marker, 60.0, seen.append) == 0
+    assert seen == noted
+    assert not marker.exists()

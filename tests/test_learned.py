@@ -1,0 +1,260 @@
+"""The learned predictor: a correction to the gates, its file, and its training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from typer.testing import CliRunner
+from zoo import FAMILIES
+
+import promoe_triton
+from promoe_triton.cli.commands import app
+from promoe_triton.errors import PromoeError
+from promoe_triton.predictors import GatePredictor, Gates, Reach, read_gates
+from promoe_triton.predictors.learned import Correction, Source, load_corrections, save_corrections
+from promoe_triton.protocols import Observation, Prediction, Seam
+from promoe_triton.traces import Trace, TraceWriter, read_trace
+from promoe_triton.tracing import Tracer, experts_of
+from promoe_triton.training import Recipe, sources, train
+
+RANK = 3
+DOCUMENTS = 12
+
+
+def build(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        initializer_range=0.3,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def gates_of(model: Any) -> Gates:
+    return read_gates(model, experts_of(model))
+
+
+def drawn(gates: Gates, distance: int = 2, scale: float = 1.0) -> dict[Source, Correction]:
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for source, targets in sources(gates, distance).items():
+        gate: Any = gates.layers[source[0]]
+        G, D = gate.weight_GD.shape
+        found[source] = Correction(
+            code_DR=torch.randn(D, RANK, generator=generator),
+            out_RHG=torch.randn(RANK, len(targets), G, generator=generator) * scale,
+        )
+    return found
+
+
+def observations(model: Any, tokens: int = 1) -> list[Observation]:
+    D = model.config.hidden_size
+    generator = torch.Generator().manual_seed(2)
+    layers = range(model.config.num_hidden_layers)
+    routed = [Observation(layer=i, state_TD=torch.randn(tokens, D, generator=generator)) for i in layers]
+    entered = Observation(layer=0, seam=Seam.ENTERED, state_TD=torch.randn(tokens, D, generator=generator))
+    left = Observation(layer=layers[-1], seam=Seam.LEFT, state_TD=torch.randn(tokens, D, generator=generator))
+    return [entered, *routed, left]
+
+
+def said(predictor: GatePredictor, seen: Observation) -> dict[tuple[int, int], Prediction]:
+    # States made up here are not what the model's norms give.
+    predictor._confirmed = {*range(99)}
+    return {(p.layer, p.steps): p for p in predictor.predict(seen)}
+
+
+class TestPredictor:
+    def test_without_a_correction_it_is_the_gate(self) -> None:
+        model = build()
+        gates, reach = gates_of(model), Reach(distance=2)
+        plain, learned = GatePredictor(gates, reach), GatePredictor(gates, reach, drawn(gates, scale=0.0))
+        for seen in observations(model):
+            want, got = said(plain, seen), said(learned, seen)
+            assert want.keys() == got.keys()
+            assert all(torch.equal(got[to].expert_ids, want[to].expert_ids) for to in want)
+
+    @pytest.mark.parametrize("tokens", [1, 3])
+    @pytest.mark.parametrize("distance", [1, 2])
+    def test_the_correction_is_added_to_the_logits(self, tokens: int, distance: int) -> None:
+        model = build()
+        gates = gates_of(model)
+        corrections = drawn(gates)
+        predictor = GatePredictor(gates, Reach(distance=distance), corrections)
+        compared = 0
+        for seen in observations(model, tokens):
+            source: Any = gates.layers[seen.layer]
+            assert seen.state_TD is not None
+            state_TD = seen.state_TD
+            u_TD = source.norm.undo(state_TD) if seen.seam is Seam.ROUTED else source.norm.standardise(state_TD)
+            targets = sources(gates, 2).get((seen.layer, seen.seam), [])
+            found = said(predictor, seen)
+            for place, target in enumerate(targets):
+                prediction = found.pop((target.layer, target.steps), None)
+                if prediction is None:
+                    assert place >= distance
+                    continue
+                gate: Any = gates.layers[target.layer]
+                correction = corrections[seen.layer, seen.seam]
+                logits_TG = u_TD @ gate.weight_GD.T + gate.bias_G
+                logits_TG += u_TD @ correction.code_DR @ correction.out_RHG[:, place]
+                scores_E = gate.rule.scores(logits_TG, gate.correction_G).sum(0)
+                best = scores_E.topk(len(prediction.expert_ids))
+                torch.testing.assert_close(prediction.scores, best.values)
+                compared += 1
+            assert not found
+        assert compared > 4
+
+    def test_layers_beyond_what_was_learned_keep_their_gates(self) -> None:
+        model = build()
+        gates = gates_of(model)
+        plain, learned = (GatePredictor(gates, Reach(distance=2), c) for c in (None, drawn(gates, distance=1)))
+        seen = observations(model)[1]
+        want, got = said(plain, seen), said(learned, seen)
+        assert torch.equal(got[2, 0].expert_ids, want[2, 0].expert_ids)
+        assert not torch.equal(got[1, 0].scores, want[1, 0].scores)
+
+
+class TestFile:
+    def test_what_is_loaded_is_what_was_saved(self, tmp_path: Path) -> None:
+        gates = gates_of(build())
+        want = drawn(gates)
+        save_corrections(tmp_path / "p.safetensors", want, gates, {})
+        got = load_corrections(tmp_path / "p.safetensors", gates)
+        assert got.keys() == want.keys()
+        for source in want:
+            assert torch.equal(got[source].code_DR, want[source].code_DR)
+            assert torch.equal(got[source].out_RHG, want[source].out_RHG)
+
+    def test_of_another_model(self, tmp_path: Path) -> None:
+        gates = gates_of(build())
+        save_corrections(tmp_path / "p.safetensors", drawn(gates), gates, {})
+        with pytest.raises(PromoeError, match="trained for another model"):
+            promoe_triton.patch(build(seed=1), slots=4, store="spool", predictor=tmp_path / "p.safetensors")
+
+    @pytest.mark.parametrize("content", ["truncated", "tensors"])
+    def test_no_predictor(self, content: str, tmp_path: Path) -> None:
+        file, gates = tmp_path / "p.safetensors", gates_of(build())
+        if content == "tensors":
+            save_file({"a": torch.zeros(2)}, file)
+        else:
+            save_corrections(file, drawn(gates), gates, {})
+            file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(PromoeError, match=r"p\.safetensors (cannot be read as a|is no) predictor"):
+            promoe_triton.patch(build(), slots=4, store="spool", predictor=str(file))
+
+    def test_not_there(self) -> None:
+        with pytest.raises(ValueError, match=r"there is no predictor missing\.safetensors"):
+            promoe_triton.Config(predictor="missing.safetensors")
+
+    def test_in_other_precision(self, tmp_path: Path) -> None:
+        """The model may be loaded as bf16 where it was traced in single precision, if that is what is in its file."""
+        model = build().bfloat16()
+        gates = gates_of(model)
+        save_corrections(tmp_path / "p.safetensors", drawn(gates), gates, {})
+        assert load_corrections(tmp_path / "p.safetensors", gates_of(model.float()))
+
+
+def record(model: Any, folder: Path, states: bool = True, documents: int = DOCUMENTS) -> Trace:
+    generator = torch.Generator().manual_seed(3)
+    with Tracer(model, states) as tracer:
+        writer = TraceWriter(folder, {"model": "tiny"}, tracer.layers, 100)
+        for _ in range(documents):
+            writer.add(tracer.document(torch.randint(60, (24,), generator=generator).tolist(), 4, 99))
+        writer.flush()
+    return read_trace(folder)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(torch.tensor([[5, 3, 8, 13, 21, 34]])).logits
+    return result
+
+
+class TestTraining:
+    def test_gets_better_and_runs(self, tmp_path: Path) -> None:
+        model = build()
+        gates = gates_of(model)
+        trace = record(model, tmp_path / "t")
+        corrections, scores = train(trace, gates, Recipe(distance=2, rank=4, epochs=20, rate=0.02, batch=64))
+        assert corrections.keys() == sources(gates, 2).keys()
+        assert {(0, "ENTERED"), (0, "ROUTED"), (len(gates.layers) - 1, "LEFT")} <= {(s.layer, s.seam) for s in scores}
+        gate, learned = (sum(getattr(score, name) for score in scores) for name in ("gate", "learned"))
+        assert learned > gate + 0.05 * len(scores), "random layers move the state, as they always do"
+        save_corrections(tmp_path / "p.safetensors", corrections, gates, {})
+        want = logits(build())
+        patched = promoe_triton.patch(model, slots=4, store="spool", predictor=str(tmp_path / "p.safetensors"))
+        assert torch.equal(logits(patched), want)
+
+    def test_the_same_seed_gives_the_same(self, tmp_path: Path) -> None:
+        model = build()
+        trace, recipe = record(model, tmp_path), Recipe(distance=1, rank=2, epochs=2, batch=64)
+        first, second = (train(trace, gates_of(model), recipe)[0] for _ in range(2))
+        assert all(torch.equal(first[source].out_RHG, second[source].out_RHG) for source in first)
+
+    def test_what_gets_no_better_stays_zero(self, tmp_path: Path) -> None:
+        model = build()
+        recipe = Recipe(distance=1, rank=2, epochs=3, batch=64, rate=1e3)
+        corrections, scores = train(record(model, tmp_path), gates_of(model), recipe)
+        assert not any(correction.out_RHG.any() for correction in corrections.values())
+        assert all(score.gate == score.learned for score in scores)
+
+    def test_no_document_is_on_both_sides(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, sides = build(), []
+        trace = record(model, tmp_path)
+
+        def examples(documents: Any, *others: Any) -> None:
+            sides.append({document.number for document in documents})
+
+        monkeypatch.setattr("promoe_triton.training._examples", examples)
+        train(trace, gates_of(model), Recipe())
+        for trained, tested in zip(sides[::2], sides[1::2], strict=True):
+            assert not trained & tested
+            assert trained | tested == {*range(DOCUMENTS)}
+            assert len(tested) == 1
+
+    def test_a_trace_of_another_model(self, tmp_path: Path) -> None:
+        trace = record(build(), tmp_path)
+        torch.manual_seed(0)
+        with pytest.raises(PromoeError, match="is of another model: tiny"):
+            train(trace, gates_of(FAMILIES["mixtral"].build()), Recipe())
+
+    def test_without_states(self, tmp_path: Path) -> None:
+        model = build()
+        with pytest.raises(PromoeError, match="has no hidden states"):
+            train(record(model, tmp_path, states=False), gates_of(model), Recipe())
+
+    def test_a_single_document(self, tmp_path: Path) -> None:
+        model = build()
+        with pytest.raises(PromoeError, match="a single document"):
+            train(record(model, tmp_path, documents=1), gates_of(model), Recipe())
+
+    def test_the_command(self, tmp_path: Path) -> None:
+        build().save_pretrained(tmp_path / "model")
+        record(build(), tmp_path / "t")
+        arguments = ["train", str(tmp_path / "t"), "--model", str(tmp_path / "model"), "--distance", "1"]
+        out = tmp_path / "p.safetensors"
+        done = CliRunner().invoke(app, [*arguments, "--epochs", "2", "--rank", "2", "--out", str(out), "--json"])
+        assert done.exit_code == 0, done.output
+        assert len(json.loads(done.stdout)["scores"]) == sum(map(len, sources(gates_of(build()), 1).values()))
+        assert load_corrections(out, gates_of(build()))
+        bad = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "p.bin")])
+        assert bad.exit_code == 2
+        assert "must end in .safetensors" in " ".join(bad.output.split())
