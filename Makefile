@@ -20,7 +20,7 @@ endif
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-large test test-slow test-gpu families check check-compile bench bench-gpu bench-kernels figures clean
+.PHONY: help install demo demo-large test test-slow test-gpu families check check-compile bench bench-gpu bench-kernels paper figures clean
 
 help:  ## List the verbs
 	@echo 'make <verb>'
@@ -72,6 +72,9 @@ bench-gpu: $(GPU_READY)  ## Measure copying ahead over the GPU's bus: make bench
 
 bench-kernels: $(GPU_READY)  ## Measure the kernels on the GPU: make bench-kernels PYTHON=python3 OUT=folder ARGS="--minutes 8"
 	$(PYTHON) bench/gpu/run.py $(if $(OUT),--out $(OUT)) $(ARGS)
+
+paper: $(BENCH_INSTALLED)  ## Simulate the counterparts of the paper's tables and figures
+	$(PYTHON) bench/paper/run.py $(ARGS)
 
 figures: $(BENCH_INSTALLED)  ## Draw the figures from the results
 	$(PYTHON) bench/figures.py $(ARGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import torch
 
 from promoe_triton.config import Partition, Slots, format_size, parse_size
 from promoe_triton.errors import PromoeError
-from promoe_triton.protocols import ExpertSpec
+from promoe_triton.protocols import ExpertKey, ExpertSpec, Policy
+from promoe_triton.slots import SlotTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,39 @@ class Budget:
     @property
     def nbytes(self) -> int:
         return sum(n * size for n, size in zip(self.slots_of_layer, self.slot_bytes, strict=True))
+
+    def tables(self, specs: Sequence[ExpertSpec], policy: Callable[[], Policy]) -> list[SlotTable]:
+        """Share the slots of each kind of expert out to its layers, or to one table for all of them.
+
+        specs: by layer. policy: makes a fresh one for each table.
+        """
+        firsts: Counter[ExpertSpec] = Counter()
+        ranges = []
+        for spec, slots in zip(specs, self.slots_of_layer, strict=True):
+            ranges.append(range(firsts[spec], firsts[spec] + slots))
+            firsts[spec] += slots
+        if not self.shared:
+            return [SlotTable(slots, policy()) for slots in ranges]
+        shared = {spec: SlotTable(range(slots), policy()) for spec, slots in firsts.items()}
+        return [shared[spec] for spec in specs]
+
+
+def first_experts(
+    tables: Sequence[SlotTable], keys: Iterable[Sequence[ExpertKey]], popularity: Mapping[ExpertKey, float]
+) -> list[ExpertKey]:
+    """Return what the slots hold at the start: the most popular experts where that is known.
+
+    tables: by layer. keys: all experts of a layer, for those layers that have slots.
+    """
+    of_table: dict[int, tuple[SlotTable, list[ExpertKey]]] = {}
+    for layer in keys:
+        table = tables[layer[0].layer]
+        of_table.setdefault(id(table), (table, []))[1].extend(layer)
+    chosen: list[ExpertKey] = []
+    for table, found in of_table.values():
+        ranked = sorted(found, key=lambda key: (-popularity.get(key, 0.0), key.expert, key.layer))
+        chosen += ranked[: len(table)]
+    return chosen
 
 
 def spread(count: int, needs: Sequence[LayerNeed]) -> tuple[int, ...]:

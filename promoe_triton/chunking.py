@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from math import ceil
 from typing import Literal, NamedTuple
 
 from promoe_triton.protocols import PAGE
@@ -51,8 +50,9 @@ class Chunking:
             return Budgets(sys.maxsize, sys.maxsize)
         if self.name != "adaptive":
             return Budgets(self.longest, self.longest)
+        longest = self.longest
         in_flight = max(int(bandwidth * self.latency), SHORTEST) if bandwidth else UNMEASURED
-        most = min(ceil(in_flight / self.longest), max(lanes - 1, 1))
+        most = min(-(-in_flight // longest), max(lanes - 1, 1))
         if speculating >= most:
-            return Budgets(self.longest, 0)
-        return Budgets(self.longest, min(in_flight // most // PAGE * PAGE, self.longest))
+            return Budgets(longest, 0)
+        return Budgets(longest, min(in_flight // most // PAGE * PAGE, longest))

@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from promoe_triton.admission import Admission, places
+from promoe_triton.config import Config
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, Part, Transfer
 from promoe_triton.slots import SlotTable
+from promoe_triton.techniques import Technique
 from promoe_triton.transfers import URGENT, TransferQueue
 
 STREAM_BUFFERS = 2
@@ -403,3 +405,15 @@ class Core:
         holding = [t for t in self._speculation(table) if t.slot >= 0 and not self.queue.complete(t)]
         if holding:
             self._drop(max(holding, key=self.queue.rank))
+
+
+def make_core(config: Config, tables: Sequence[SlotTable], cuts: Callable[[Transfer], Cuts]) -> Core:
+    """Return the core for a configuration, over the slot tables of its layers."""
+    step = config.step
+    return Core(
+        tables,
+        cuts,
+        overtake=config.cuts.overtake,
+        preempt=Technique.PREEMPTION in step.techniques,
+        reorder=Technique.REORDER in step.techniques or step.layer,
+    )

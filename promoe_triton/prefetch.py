@@ -13,27 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from promoe_triton.predictors.taps import Taps
-from promoe_triton.protocols import ExpertKey, Observation, Prediction, Predictor, Seam
+from promoe_triton.protocols import Observation, Prediction, Predictor, Seam
+from promoe_triton.speculation import PROMPT, Place, Ranking, Speculation
 
 if TYPE_CHECKING:
     from promoe_triton.runtime import ModelRuntime
-
-PROMPT = 32
-"""Tokens from which on a call counts as a prompt: it uses nearly every expert, whatever is predicted."""
-
-PROBE = 32
-"""Where no prediction is worth a copy, only every so many is made."""
-
-SMOOTHING = 0.1
-"""The share of the newest layer in the time that a layer takes."""
-
-
-class Way(NamedTuple):
-    """Where a prediction comes from: from which seam, over how many layers, for how many tokens (powers of two)."""
-
-    seam: Seam
-    ahead: int
-    tokens: int
 
 
 class Outlook(NamedTuple):
@@ -48,13 +32,6 @@ class Outlook(NamedTuple):
         return [prediction.expert_ids for prediction in self.predictions]
 
 
-class Ranking(NamedTuple):
-    """A prediction on the host."""
-
-    steps: int
-    experts: list[ExpertKey]
-
-
 def read(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Return integer (or boolean) tensors as lists. On a device the host waits once for all of them."""
     if not tensors or tensors[0].is_cpu:
@@ -65,19 +42,13 @@ def read(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 class Prefetcher:
-    """Asks a predictor at every seam, and speculates on what it says as far as time allows.
-
-    No more is queued than the link can bring until the layer comes (paper, section on stride prefetching): its
-    bandwidth, times the time that layers take beside waiting.
-    """
+    """Asks a predictor at every seam, and speculates on what it says as far as time allows (`Speculation`)."""
 
     def __init__(self, runtime: ModelRuntime, predictor: Predictor) -> None:
         self._runtime = runtime
         self._predictor = predictor
         self._taps: Taps | None = None
-        self._layer_seconds = 0.0
-        self._last = (0.0, 0.0)
-        self._skipped: dict[tuple[int, Seam], int] = {}
+        self._speculation = Speculation()
 
     def watch(self, model: nn.Module, paths: Sequence[str]) -> None:
         """Put hooks on the model that show what cannot be seen from its experts."""
@@ -92,13 +63,8 @@ class Prefetcher:
 
     def routed(self, layer: int, x_TD: Tensor, expert_ids_TA: Tensor | None, now: float) -> Outlook | None:
         """Return what follows from a layer's routing, at the time `now`; ids None: it does not tell them by token."""
-        stalled = self._runtime.counters.stall_seconds
-        then, before = self._last
-        self._last = (now, stalled)
-        taken = now - then - (stalled - before)
-        if then and len(x_TD) < PROMPT:
-            self._layer_seconds += (taken - self._layer_seconds) * (SMOOTHING if self._layer_seconds else 1.0)
-        if expert_ids_TA is None or self._hopeless(layer, Seam.ROUTED):
+        self._speculation.routed(len(x_TD), now, self._runtime.counters.stall_seconds)
+        if expert_ids_TA is None or self._speculation.hopeless(Place(layer, Seam.ROUTED)):
             return None
         if self._taps is not None:
             seen = self._taps.routed(layer, expert_ids_TA, x_TD)
@@ -108,7 +74,7 @@ class Prefetcher:
 
     def passed(self, seen: Observation) -> None:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
-        if self._runtime.is_settled or self._hopeless(seen.layer, seen.seam):
+        if self._runtime.is_settled or self._speculation.hopeless(Place(seen.layer, seen.seam)):
             return
         # What a predictor learns it must be able to change in calls outside of inference mode as well.
         with torch.inference_mode(False), torch.no_grad(), self._runtime.inside() as alone:
@@ -129,27 +95,6 @@ class Prefetcher:
             if keys and not layer.resident:
                 rankings.append(Ranking(prediction.steps, keys))
         if rankings:
-            link = self._runtime.open_link()
-            link.tell(lambda: self._queue(seen, rankings, link.bandwidth))
-
-    def _hopeless(self, layer: int, seam: Seam) -> bool:
-        """Whether to leave out this prediction, as those from here have come to nothing."""
-        place = (layer, seam)
-        left = self._skipped.get(place, 0)
-        if left > 0:
-            self._skipped[place] = left - 1
-        return left > 0
-
-    def _queue(self, seen: Observation, rankings: Sequence[Ranking], bandwidth: float) -> None:
-        """Tell the core, nearest layer first."""
-        core = self._runtime.core
-        promising = False
-        for steps, keys in rankings:
-            position = core.position_of(keys[0].layer, steps)
-            ahead = position - core.position
-            way = Way(seen.seam, ahead, seen.tokens.bit_length())
-            window = bandwidth * self._layer_seconds * ahead - core.queued(position)
-            core.predict(position, keys, window, way)
-            promising |= any(core.admission.worthy(way, keys[0].layer))
-        if not promising:
-            self._skipped[seen.layer, seen.seam] = PROBE - 1
+            link, place = self._runtime.open_link(), Place(seen.layer, seen.seam)
+            queue, core = self._speculation.queue, self._runtime.core
+            link.tell(lambda: queue(core, place, seen.tokens, rankings, link.bandwidth))

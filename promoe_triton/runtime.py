@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from promoe_triton.backends.choice import make_backend
-from promoe_triton.budget import RAM, Budget, free_memory
+from promoe_triton.budget import RAM, Budget, first_experts, free_memory
 from promoe_triton.config import Config, format_size
-from promoe_triton.core import Core
+from promoe_triton.core import Core, make_core
 from promoe_triton.counters import Ahead, Counters, Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
@@ -26,19 +25,17 @@ from promoe_triton.links.choice import make_link
 from promoe_triton.policies import make_policy
 from promoe_triton.predictors.choice import make_predictor
 from promoe_triton.predictors.reach import Reach
-from promoe_triton.prefetch import PROMPT, Outlook, Prefetcher, read
-from promoe_triton.protocols import Call, ExpertKey, ExpertSpec, Link, Part, Policy, Predictor, Store, Transfer
+from promoe_triton.prefetch import Outlook, Prefetcher, read
+from promoe_triton.protocols import Call, ExpertKey, Link, Part, Policy, Predictor, Store, Transfer
 from promoe_triton.slots import SlotTable
+from promoe_triton.speculation import PROMPT
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore, ResidentStore
-from promoe_triton.techniques import Technique
+from promoe_triton.techniques import Step, Technique
 from promoe_triton.timeline import Timeline
-from promoe_triton.waves import Waves
+from promoe_triton.waves import RECENT, Waves, last_used
 
 Popularity = Mapping[ExpertKey, float]
-
-RECENT = 16
-"""The last tokens of a prompt, whose experts are kept before those of its other tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +72,35 @@ class LayerRuntime:
         self.uses = [0] * layout.experts
         self.resident = False
         self._bound = table is not None
+
+    @property
+    def experts(self) -> int:
+        return self.layout.experts
+
+    @property
+    def step(self) -> Step:
+        return self.model.config.step
+
+    @property
+    def core(self) -> Core:
+        return self.model.core
+
+    @property
+    def link(self) -> Link:
+        return self.model.open_link()
+
+    @property
+    def counters(self) -> Counters:
+        return self.model.counters
+
+    def has(self, part: Part) -> bool:
+        return bool(self.model.store.specs[self.index].names(part))
+
+    def remove(self, expert: int) -> None:
+        self.kernels.remove(expert)
+
+    def waited(self, began: float) -> None:
+        self.model.note("stall", f"layer {self.index} waits", began)
 
     @property
     def nbytes(self) -> int:
@@ -168,8 +194,7 @@ class LayerRuntime:
             tensors.append(ids_TA[-RECENT:].flip(0).flatten())
         lists = self.model.read(tensors + (ahead.tensors if ahead else []))
         experts = call.experts if asked_E is None else [e for e, is_asked in enumerate(lists.pop(0)) if is_asked]
-        # The last used comes last.
-        recent = list(dict.fromkeys(lists.pop(0)))[::-1] if is_prompt else None
+        recent = last_used(lists.pop(0)) if is_prompt else None
         return _Known(experts=experts, recent=recent, named=lists)
 
     def _count(self, experts: Collection[int]) -> None:
@@ -197,8 +222,8 @@ class LayerRuntime:
     def check_resident(self) -> None:
         """Note when every expert has a slot of its own: from then on nothing can leave."""
         table = self.table
-        if table is not None and len(table) >= self.layout.experts and not self.model.budget.shared:
-            self.resident = all(map(table.is_ready, self.keys))
+        if table is not None and not self.model.budget.shared:
+            self.resident = table.holds(self.keys)
             if self.resident:
                 self.model.check_settled()
 
@@ -245,27 +270,7 @@ class ModelRuntime:
         self.is_settled = self.link is None
 
     def _core(self, link: Link) -> Core:
-        on = self.config.step.techniques
-        return Core(
-            self._tables(),
-            link.cuts,
-            overtake=self.config.cuts.overtake,
-            preempt=Technique.PREEMPTION in on,
-            reorder=Technique.REORDER in on or self.config.step.layer,
-        )
-
-    def _tables(self) -> list[SlotTable]:
-        """Share the slots of each kind of expert out to its layers, or to one table for all of them."""
-        specs, shares = self.store.specs, self.budget.slots_of_layer
-        firsts: Counter[ExpertSpec] = Counter()
-        ranges = []
-        for spec, slots in zip(specs, shares, strict=True):
-            ranges.append(range(firsts[spec], firsts[spec] + slots))
-            firsts[spec] += slots
-        if not self.budget.shared:
-            return [SlotTable(slots, self._policy()) for slots in ranges]
-        shared = {spec: SlotTable(range(slots), self._policy()) for spec, slots in firsts.items()}
-        return [shared[spec] for spec in specs]
+        return make_core(self.config, self.budget.tables(self.store.specs, self._policy), link.cuts)
 
     def _policy(self) -> Policy:
         return make_policy("static" if self.config.step.static else self.config.policy, self.popularity)
@@ -420,15 +425,8 @@ class ModelRuntime:
 
     def warm(self) -> None:
         """Fill every slot, with the most popular experts where that is known, in the order of the store."""
-        popularity = self.popularity
-        tables: dict[int, tuple[SlotTable, list[ExpertKey]]] = {}
-        for layer in self.layers:
-            if layer.table is not None:
-                tables.setdefault(id(layer.table), (layer.table, []))[1].extend(layer.keys)
-        chosen: list[ExpertKey] = []
-        for table, keys in tables.values():
-            ranked = sorted(keys, key=lambda key: (-popularity.get(key, 0.0), key.expert, key.layer))
-            chosen += ranked[: len(table)]
+        keys = [layer.keys for layer in self.layers if layer.table is not None]
+        chosen = first_experts(self.core.tables, keys, self.popularity)
         assert isinstance(self.store, CheckpointStore | HostStore)
         chosen.sort(key=self.store.position)
         link = self.open_link()

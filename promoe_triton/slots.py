@@ -6,7 +6,7 @@ test drive one and the same code.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Set
+from collections.abc import Container, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from promoe_triton.protocols import ExpertKey, Policy
@@ -49,6 +49,10 @@ class SlotTable:
 
     def is_ready(self, key: ExpertKey) -> bool:
         return key in self._ready
+
+    def holds(self, keys: Sequence[ExpertKey]) -> bool:
+        """Whether all these experts are ready, in slots enough for all of them."""
+        return len(self) >= len(keys) and all(map(self.is_ready, keys))
 
     def ready(self) -> Set[ExpertKey]:
         """Return the experts that are ready; a view, longest ready first."""

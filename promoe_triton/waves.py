@@ -3,14 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from promoe_triton.core import Needs
-from promoe_triton.protocols import ExpertKey, Part, Transfer
-from promoe_triton.techniques import Technique
+from promoe_triton.core import Core, Needs
+from promoe_triton.counters import Counters
+from promoe_triton.protocols import ExpertKey, Link, Part, Transfer
+from promoe_triton.techniques import Step, Technique
 
-if TYPE_CHECKING:
-    from promoe_triton.runtime import LayerRuntime
+RECENT = 16
+"""The last tokens of a prompt, whose experts are kept before those of its other tokens."""
+
+
+def last_used(experts: Iterable[int]) -> list[int]:
+    """Return the experts of a prompt's last tokens, given newest first; the last used comes last."""
+    return list(dict.fromkeys(experts))[::-1]
+
+
+class Served(Protocol):
+    """A layer whose experts come in waves: of a model that runs, or of one that is simulated."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def experts(self) -> int:
+        """Return E."""
+        ...
+
+    @property
+    def step(self) -> Step:
+        """What is on of the paper's techniques."""
+        ...
+
+    @property
+    def core(self) -> Core: ...
+
+    @property
+    def link(self) -> Link: ...
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def has(self, part: Part) -> bool:
+        """Whether this half of an expert has weights."""
+        ...
+
+    def place(self, key: ExpertKey) -> None:
+        """An expert is ready, and may be computed."""
+        ...
+
+    def remove(self, expert: int) -> None:
+        """An expert is not computed any more."""
+        ...
+
+    def waited(self, began: float) -> None:
+        """The layer has waited for a copy since then."""
+        ...
+
+    def check_resident(self) -> None:
+        """The call is over, and its leases are given back."""
+        ...
 
 
 class Waves:
@@ -24,25 +76,24 @@ class Waves:
     for when it is its turn; with whole layers, all experts are copied and only then computed (`Step`).
     """
 
-    def __init__(self, layer: LayerRuntime, experts: Collection[int], recent: Collection[int] | None) -> None:
-        model = layer.model
-        step = model.config.step
+    def __init__(self, layer: Served, experts: Collection[int], recent: Collection[int] | None) -> None:
+        step = layer.step
         self._layer, self._computed = layer, experts
-        self._core, self._link = model.core, model.open_link()
+        self._core, self._link = layer.core, layer.link
         self._preempt = Technique.PREEMPTION in step.techniques
         self._reorder = Technique.REORDER in step.techniques
         self._whole_layer = step.layer
         self._asked: dict[ExpertKey, Transfer] = {}
         if step.layer:
-            experts = range(layer.layout.experts)
+            experts = range(layer.experts)
         elif not self._reorder:
             experts = sorted(experts)
         self._needs = self._link.tell(lambda: self._gate(experts, recent))
         for key in self._needs.resident:
             layer.place(key)
         hits = sum(key.expert in self._computed for key in self._needs.resident)
-        model.counters.hits += hits
-        model.counters.misses += len(self._computed) - hits
+        layer.counters.hits += hits
+        layer.counters.misses += len(self._computed) - hits
 
     def _gate(self, experts: Collection[int], recent: Collection[int] | None) -> Needs:
         """Submit all that is missing at once, in the order it will be computed (early preemption)."""
@@ -58,7 +109,7 @@ class Waves:
 
     def _streamed(self, needs: Needs, part: Part) -> list[ExpertKey]:
         """Return what passes through slots in this half of the computation."""
-        return needs.streamed if self._layer.model.store.specs[self._layer.index].names(part) else []
+        return needs.streamed if self._layer.has(part) else []
 
     def up(self) -> Iterator[list[int]]:
         """Yield experts whose up projection can be computed, until all are."""
@@ -117,11 +168,10 @@ class Waves:
             yield from self._compute(self._wait([self._asked[key]]))
 
     def _wait(self, transfers: Sequence[Transfer]) -> Transfer:
-        model = self._layer.model
-        began = model.now()
+        began = self._link.now()
         transfer = self._link.wait(transfers)
-        model.counters.stall_seconds += model.now() - began
-        model.note("stall", f"layer {self._layer.index} waits", began)
+        self._layer.counters.stall_seconds += self._link.now() - began
+        self._layer.waited(began)
         return transfer
 
     def _compute(self, arrived: Transfer) -> Iterator[list[int]]:
@@ -130,14 +180,14 @@ class Waves:
         self._layer.place(key)
         yield self._wave([key])
         if arrived.part != Part.WHOLE:
-            self._layer.kernels.remove(key.expert)
+            self._layer.remove(key.expert)
             self._fence([key])
             self._link.tell(lambda: self._core.discard(key))
 
     def close(self) -> None:
         """Give all leases back."""
         for key in self._needs.leaving:
-            self._layer.kernels.remove(key.expert)
+            self._layer.remove(key.expert)
         self._fence([*self._needs.resident, *self._needs.missing])
         self._link.tell(self._give_back)
         self._layer.check_resident()

@@ -1,4 +1,4 @@
-"""All commands: ``promoe-triton demo``, ``generate``, ``inspect``, ``trace``, ``train`` and ``tune``.
+"""All commands: ``promoe-triton demo``, ``generate``, ``inspect``, ``simulate``, ``trace``, ``train`` and ``tune``.
 
 Exit codes: 0 done, 1 the command failed (or tokens differ), 2 it was used wrongly, 130 interrupted.
 """
@@ -17,6 +17,7 @@ from promoe_triton.cli.demo import demo
 from promoe_triton.cli.generate import generate
 from promoe_triton.cli.inspect import inspect
 from promoe_triton.cli.output import print_error, readable_logging
+from promoe_triton.cli.simulate import simulate_command
 from promoe_triton.cli.trace import trace
 from promoe_triton.cli.train import train_command
 from promoe_triton.cli.tune import tune
@@ -72,6 +73,7 @@ def common(
 app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
+app.command("simulate")(simulate_command)
 app.command()(trace)
 app.command("train")(train_command)
 app.command()(tune)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
@@ -24,23 +25,24 @@ class Wire:
 
     bandwidth: bytes per second, one chunk after the other. latency: seconds from asking for a chunk to its first
     byte, in which others may be on the wire. jitter: further seconds, by chunk. fault: what a chunk fails with, if
-    it does. Both are asked once per chunk, in the order in which chunks begin.
+    it does. Both are asked once per chunk, in the order in which chunks begin; None: none.
     """
 
     bandwidth: float = 1e9
     latency: float = 0.0
-    jitter: Callable[[Chunk], float] = lambda chunk: 0.0
-    fault: Callable[[Chunk], BaseException | None] = lambda chunk: None
+    jitter: Callable[[Chunk], float] | None = None
+    fault: Callable[[Chunk], BaseException | None] | None = None
 
 
-@dataclass(order=True, slots=True)
-class _Landing:
+class _Landing(NamedTuple):
+    """Ordered by time, then by when it began: no two have begun as the same."""
+
     at: float
     order: int
-    chunk: Chunk = field(compare=False)
-    lane: int = field(compare=False)
-    began: float = field(compare=False)
-    error: BaseException | None = field(compare=False)
+    chunk: Chunk
+    lane: int
+    began: float
+    error: BaseException | None
 
 
 class DryFiller:
@@ -103,12 +105,16 @@ class FakeLink:
     def record(self, timeline: Timeline | None) -> None:
         self._timeline = timeline
 
-    def pass_time(self, seconds: float) -> None:
-        """Let so many virtual seconds pass in which nobody waits."""
-        until = self._time + seconds
-        while self._landings and self._landings[0].at <= until:
+    def pass_time(self, seconds: float, slowed: float = 1.0) -> None:
+        """Let so many virtual seconds pass in which nobody waits, `slowed` times as long while copies are in flight."""
+        while self._landings:
+            until = self._time + seconds * slowed
+            if self._landings[0].at > until:
+                self._time = until
+                return
+            seconds -= max(self._landings[0].at - self._time, 0.0) / slowed
             self._land()
-        self._time = until
+        self._time += seconds
 
     def tell(self, event: Callable[[], R]) -> R:
         if self._closed:
@@ -157,19 +163,20 @@ class FakeLink:
 
     def _begin(self) -> None:
         """Put on the wire what there is to copy, as long as lanes are free."""
-        while self._feed is not None and self._lanes:
-            budgets = self._chunking.budgets(self._meter.rate, self._depth, self._speculating)
-            chunk = self._feed.next_chunk(budgets.urgent, budgets.speculative)
+        feed, wire, meter, now = self._feed, self._wire, self._meter, self._time
+        while self._lanes and feed is not None and feed.backlog:
+            budgets = self._chunking.budgets(meter.rate, self._depth, self._speculating)
+            chunk = feed.next_chunk(budgets.urgent, budgets.speculative)
             if chunk is None:
                 return
             self._speculating += chunk.speculative
-            self._meter.begun(self._time)
-            first_byte = max(self._time + self._wire.latency + self._wire.jitter(chunk), self._wire_free)
-            self._wire_free = first_byte + (chunk.end - chunk.begin) / self._wire.bandwidth
+            meter.begun(now)
+            first_byte = now + wire.latency + (wire.jitter(chunk) if wire.jitter else 0.0)
+            self._wire_free = max(first_byte, self._wire_free) + (chunk.end - chunk.begin) / wire.bandwidth
             self._begun += 1
-            error = self._wire.fault(chunk)
+            error = wire.fault(chunk) if wire.fault else None
             lane = self._lanes.pop(0)
-            heapq.heappush(self._landings, _Landing(self._wire_free, self._begun, chunk, lane, self._time, error))
+            heapq.heappush(self._landings, _Landing(self._wire_free, self._begun, chunk, lane, now, error))
 
     def _land(self) -> None:
         """Go to the time at which the next chunk lands."""

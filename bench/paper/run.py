@@ -1,0 +1,159 @@
+"""The counterparts of the paper's tables and figures, simulated: make paper.
+
+Models are described by their configurations, the machine by promoe_triton/simulation/hardware/rtx4090.json, the routing
+and the rest by `fitted.json` (see fit.py). What is compared is in `published.json`. Everything goes to one CSV; the
+figures are drawn from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from draw import draw, table
+from stage import PAPER_MODELS, Fitted, published, record, run, scene
+
+DEVELOPMENT = {
+    "lru": {"ablation": "lru"},
+    "prefetch only": {"ablation": "+prefetch"},
+    "preemption only": {"ablation": "preemption"},
+    "preemption + reorder": {"ablation": "all", "predictor": "none"},
+    "everything": {"ablation": "all"},
+}
+STEPS = ("lru", "+prefetch", "+chunks", "+preemption", "+reorder")
+SHARES = (0.25, 0.5, 0.75)
+PROMPT = 128
+
+
+class Length:
+    """How much is simulated: texts (the first fills the cache), and tokens decoded of each."""
+
+    def __init__(self, quick: bool) -> None:
+        self.texts, self.tokens = (2, 8) if quick else (3, 64)
+        self.models = PAPER_MODELS[:1] if quick else PAPER_MODELS
+
+
+def development(fitted: Fitted, length: Length, results: record.Results) -> float:
+    """Write the authors' development table, ours beside theirs; return the mean absolute error of what is predicted."""
+    table, rows, errors = published()["development"], [], []
+    of = scene("deepseek-moe-16b", fitted, length.texts, 1 + length.tokens)
+    for column, choice in DEVELOPMENT.items():
+        theirs = table["columns"][column]
+        for share, hits, ms in zip(table["shares"], theirs["hits"], theirs["ms"], strict=True):
+            found = run(of, slots=share, **choice)
+            deviation = found.tpot_seconds * 1e3 / ms - 1.0
+            if column != "lru":
+                errors.append(abs(deviation))
+            case = f"development, {share:.1%}"
+            rows += [
+                one(case, column, "time", "ms/token", found.tpot_seconds * 1e3, f"theirs {ms}"),
+                one(case, column, "hits", "share", found.hit_ratio, f"theirs {hits}"),
+                one(case, column, "deviation", "%", 100 * deviation, "fitted" if column == "lru" else "predicted"),
+            ]
+    resident = run(of, slots=1.0, ablation="lru").tpot_seconds * 1e3
+    rows.append(one("development, 100.0%", "lru", "time", "ms/token", resident, "theirs 54-58"))
+    error = fmean(errors)
+    rows.append(one("development", "predicted columns", "mean absolute error", "%", 100 * error, "of 20 times"))
+    results.write(rows)
+    return error
+
+
+def one(case: str, variant: str, metric: str, unit: str, value: float, note: str = "") -> record.Row:
+    return record.row(case, variant, metric, unit, [value], note=note)
+
+
+def speedups(fitted: Fitted, length: Length, results: record.Results) -> None:
+    """Everything on, over static, LRU and whole layers, for the paper's models and three sizes of the cache."""
+    over: dict[tuple[str, str], list[float]] = {}
+    for model in length.models:
+        of = scene(model, fitted, length.texts, PROMPT + length.tokens)
+        for share in SHARES:
+            case = f"{model}, {share:.1%}"
+            found = {
+                name: run(of, slots=share, ablation=name, prompt=PROMPT) for name in ("static", "layer", "lru", "all")
+            }
+            rows = []
+            for name, outcome in found.items():
+                rows.append(one(case, name, "prefill", "ms", outcome.ttft_seconds * 1e3))
+                rows.append(one(case, name, "decode", "ms/token", outcome.tpot_seconds * 1e3))
+                rows.append(one(case, name, "hits", "share", outcome.hit_ratio))
+                if name != "all":
+                    for stage, field in (("prefill", "ttft_seconds"), ("decode", "tpot_seconds")):
+                        ratio = getattr(outcome, field) / getattr(found["all"], field)
+                        over.setdefault((stage, name), []).append(ratio)
+            results.write(rows)
+    theirs = published()["speedup"]
+    results.write(
+        [
+            one(
+                "all models",
+                f"everything / {name}",
+                stage,
+                "x",
+                fmean(ratios),
+                f"up to {max(ratios):.2f}; theirs {theirs[stage][name]}",
+            )
+            for (stage, name), ratios in over.items()
+        ]
+    )
+
+
+def ablation(fitted: Fitted, length: Length, results: record.Results) -> None:
+    """Each technique on top of the one before (paper, section on the breakdown)."""
+    of = scene("deepseek-moe-16b", fitted, length.texts, PROMPT + length.tokens)
+    rows, theirs = [], published()["ablation"]
+    found = {name: run(of, slots=0.5, ablation=name, prompt=PROMPT) for name in STEPS}
+    for name in STEPS[1:]:
+        for stage, field in (("prefill", "ttft_seconds"), ("decode", "tpot_seconds")):
+            ratio = getattr(found["lru"], field) / getattr(found[name], field)
+            note = f"theirs {theirs[stage][name]}" if name in theirs[stage] else ""
+            rows.append(one("ablation", name, stage, "x", ratio, note))
+    results.write(rows)
+
+
+def sensitivity(fitted: Fitted, length: Length, results: record.Results) -> None:
+    """How the gain over LRU moves with the size of the cache, the batch, and the bits per weight."""
+    model = "deepseek-moe-16b"
+    sweeps: dict[str, list[dict[str, Any]]] = {
+        "slots": [{"slots": share} for share in (0.125, 0.25, 0.375, 0.5, 0.75)],
+        "batch": [{"batch": batch} for batch in (1, 2, 4, 8)],
+        "bits": [{"bits": bits} for bits in (16.0, 8.0, 4.0)],
+    }
+    for name, choices in sweeps.items():
+        rows = []
+        for choice in choices:
+            batch = choice.get("batch", 1)
+            of = scene(model, fitted, max(length.texts, 2 * batch), 16 + length.tokens)
+            found = {
+                step: run(of, ablation=step, prompt=16, **{"slots": 0.5} | choice) for step in ("static", "lru", "all")
+            }
+            case = f"{name} {choice[name]:g}"
+            rows += [one(case, step, "decode", "ms/step", o.tpot_seconds * 1e3) for step, o in found.items()]
+            gain = found["lru"].tpot_seconds / found["all"].tpot_seconds
+            rows.append(one(case, "everything / lru", "decode", "x", gain))
+        results.write(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one model and a few tokens, to see that it runs")
+    parser.add_argument("--out", type=Path, help="folder for the CSV and the figure (default: bench/results/paper)")
+    args = parser.parse_args()
+    folder = args.out or (record.ROOT / "bench" / "results" / "paper")
+    if args.quick and args.out is None:
+        folder = Path(tempfile.gettempdir()) / "promoe-paper-quick"
+    (folder / "paper.csv").unlink(missing_ok=True)
+    fitted, length = Fitted.read(), Length(args.quick)
+    results = record.Results(folder, "paper")
+    error = development(fitted, length, results)
+    for part in (speedups, ablation, sensitivity):
+        part(fitted, length, results)
+    draw(folder)
+    print(table(folder, error))
+
+
+if __name__ == "__main__":
+    main()

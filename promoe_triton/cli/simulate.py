@@ -1,0 +1,188 @@
+"""`promoe-triton simulate`: how fast a model would be on hardware that need not be there."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import promoe_triton.simulation
+from promoe_triton.cli.generation import TRUST
+from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, working
+from promoe_triton.errors import PromoeError
+from promoe_triton.simulation.description import hardware_names, read_hardware, read_software
+from promoe_triton.simulation.routing import Statistics
+from promoe_triton.simulation.shapes import model_shape
+from promoe_triton.simulation.sweep import (
+    PREDICTORS,
+    Choice,
+    Scene,
+    combinations,
+    simulate,
+    synthetic_texts,
+    traced_texts,
+)
+from promoe_triton.techniques import ABLATION
+from promoe_triton.traces import read_trace
+
+MODELS = Path(promoe_triton.simulation.__file__).parent / "models"
+
+SWEPT = "Several values, with commas between them, give a table of all combinations."
+
+
+def simulate_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a config.json, a hub id, or a packaged name.")
+    ],
+    hardware: Annotated[str, typer.Option(help="A packaged machine, or a JSON file.")] = "rtx4090",
+    software: Annotated[
+        str, typer.Option(help="What computes: kernels, or loop (transformers' eager code).")
+    ] = "kernels",
+    slots: Annotated[str, typer.Option(help=f"Shares, counts or sizes of slots. {SWEPT}")] = "0.25,0.5,0.75",
+    batch: Annotated[str, typer.Option(help="Texts side by side.")] = "1",
+    prompt: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "128",
+    tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 64,
+    bits: Annotated[str, typer.Option(help="Bits per weight of a routed expert.")] = "16",
+    predictor: Annotated[str, typer.Option(help=f"Of {', '.join(PREDICTORS)}.")] = "stated",
+    chunking: Annotated[str, typer.Option(help="As in Config: adaptive, fixed, tensor, expert.")] = "adaptive",
+    policy: Annotated[str, typer.Option(help="lru, lfru or static.")] = "lru",
+    ablation: Annotated[str, typer.Option(help=f"Steps: {', '.join(ABLATION)}.")] = "lru,all",
+    distance: Annotated[str, typer.Option(help="Layers ahead that are predicted.")] = "2",
+    popularity: Annotated[float, typer.Option(help="Share of choices that fall to a quarter of the experts.")] = 0.45,
+    reuse: Annotated[float, typer.Option(help="Share of experts that a token has from the one before it.")] = 0.35,
+    accuracy: Annotated[str, typer.Option(help="Share of right predictions at distance 1, 2, ...")] = "0.85,0.8,0.75",
+    seed: Annotated[int, typer.Option(help="Of the routing that is made up.")] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help="A folder of `promoe-triton trace`: its routing, not made-up one.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a CSV file as well.")] = None,
+    trust: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Simulate a model on described hardware: TTFT, TPOT, stalls and bytes, without weights."""
+    machine = read_hardware(hardware)
+    with working(f"Looking at {model}"):
+        packaged = MODELS / f"{model}.json"
+        shape = model_shape(str(packaged) if packaged.exists() else model, trust=trust)
+    choices = list(
+        combinations(
+            slots=[_slots(one) for one in _cells(slots)],
+            batch=_numbers("batch", batch),
+            prompt=_numbers("prompt", prompt),
+            bits=[float(one) for one in _cells(bits)],
+            predictor=_cells(predictor),
+            chunking=_cells(chunking),
+            policy=_cells(policy),
+            distance=_numbers("distance", distance),
+            ablation=_cells(ablation),
+        )
+    )
+    for choice in choices:
+        choice.config()
+    statistics = Statistics(
+        popularity=popularity, reuse=reuse, accuracy=tuple(float(one) for one in _cells(accuracy)), seed=seed
+    )
+    most = max(choice.prompt for choice in choices)
+    count = 2 * max(choice.batch for choice in choices)
+    with working("Making up how tokens are routed" if trace is None else f"Reading {trace}"):
+        if trace is None:
+            texts = synthetic_texts(shape, statistics, count, most + tokens)
+        else:
+            texts = traced_texts(read_trace(trace), shape, statistics, most + tokens)
+    scene = Scene(shape=shape, hardware=machine, software=read_software(software), texts=texts)
+    rows: list[dict[str, Any]] = []
+    with steps_progress("Simulating", len(choices)) as done:
+        for choice in choices:
+            cut = [text.first(choice.prompt + tokens) for text in texts[: 2 * choice.batch]]
+            outcome = simulate(replace(scene, texts=cut), choice)
+            rows.append(asdict(choice) | outcome.as_dict())
+            done(f"slots {choice.slots}, {choice.ablation}")
+    _say_hidden(rows)
+    if out is not None:
+        _write(out, rows)
+    if as_json:
+        about = {"model": shape.name, "hardware": machine.name, "trace": str(trace) if trace else None}
+        print_json(about | {"statistics": asdict(statistics), "runs": rows})
+        return
+    _show(rows, f"{shape.name} on {machine.name}")
+
+
+def _cells(text: str) -> list[str]:
+    cells = [cell.strip() for cell in text.split(",") if cell.strip()]
+    if not cells:
+        raise ValueError(f"expected values with commas between them, got {text!r}")
+    return cells
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        found = [int(one) for one in _cells(text)]
+    except ValueError:
+        raise ValueError(f"--{name} takes whole numbers, got {text!r}") from None
+    if min(found) < 1:
+        raise ValueError(f"--{name} must be at least 1, got {text!r}")
+    return found
+
+
+def _slots(text: str) -> int | float | str:
+    """Read a count, a share or a size: a number without a point is a count."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _say_hidden(rows: list[dict[str, Any]]) -> None:
+    """Add the share of the waiting that was hidden, where the same was run as a plain LRU cache."""
+    alike = [
+        name for name in Choice.__dataclass_fields__ if name not in ("ablation", "predictor", "distance", "chunking")
+    ]
+    reactive = {tuple(row[n] for n in alike): row for row in rows if row["ablation"] == "lru"}
+    for row in rows:
+        base = reactive.get(tuple(row[n] for n in alike))
+        limit = max(row["computing_seconds"], row["moving_seconds"])
+        hideable = base["seconds"] - limit if base else 0.0
+        row["hidden"] = (base["seconds"] - row["seconds"]) / hideable if base and hideable > 0 else float("nan")
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        with out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise PromoeError(f"{out} cannot be written: {error}") from error
+
+
+def _show(rows: list[dict[str, Any]], title: str) -> None:
+    swept = [name for name in Choice.__dataclass_fields__ if len({row[name] for row in rows}) > 1] or ["slots"]
+    header = [*swept, "TTFT ms", "TPOT ms", "tokens/s", "stalled", "hits", "GB", "wasted", "GOODPRED", "hidden"]
+    print_table(
+        header,
+        [
+            [
+                *(f"{row[name]}" for name in swept),
+                f"{row['ttft_seconds'] * 1e3:.0f}",
+                f"{row['tpot_seconds'] * 1e3:.1f}",
+                f"{row['tps']:.1f}",
+                f"{row['stall_seconds'] / row['seconds']:.0%}",
+                f"{row['hit_ratio']:.0%}",
+                f"{row['bytes_moved'] / 1e9:.3g}",
+                f"{row['bytes_wasted'] / max(row['bytes_moved'], 1):.0%}",
+                *("-" if row[name] != row[name] else f"{row[name]:.2f}" for name in ("goodpred", "hidden")),
+            ]
+            for row in rows
+        ],
+        title=title,
+    )
+    print_note(
+        "Times are means after a first text that fills the cache; routing is made up (--popularity, --reuse, "
+        "--accuracy) or recorded (--trace). hidden: of what a plain LRU cache waits. "
+        f"Machines: {', '.join(hardware_names())}."
+    )

@@ -1,0 +1,144 @@
+"""What-if: every combination of some choices, each simulated over the same texts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from promoe_triton.config import Config
+from promoe_triton.errors import PromoeError
+from promoe_triton.links.fake import Wire
+from promoe_triton.simulation.costs import Costs, Roofline
+from promoe_triton.simulation.description import Hardware, Software
+from promoe_triton.simulation.routing import Routed, Statistics, Synthetic, passes, popularity_of
+from promoe_triton.simulation.shapes import ModelShape
+from promoe_triton.simulation.simulator import Outcome, Simulator
+from promoe_triton.traces import Trace
+
+PREDICTORS = ("stated", "perfect", "none")
+"""As accurate as the statistics (or the trace) say; always right; never asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What stays the same in a sweep. texts: as they are routed; the first of them fills the cache and is not counted.
+
+    costs: how long things take on this machine, given a shape (None: a roofline). wire: the link (None: the machine's).
+    """
+
+    shape: ModelShape
+    hardware: Hardware
+    software: Software
+    texts: Sequence[Routed]
+    costs: Callable[[ModelShape], Costs] | None = None
+
+    def costs_of(self, shape: ModelShape) -> Costs:
+        return self.costs(shape) if self.costs else Roofline(self.hardware, self.software, shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One combination. slots: as in `Config`; bits: per weight of a routed expert."""
+
+    slots: int | float | str = 0.5
+    batch: int = 1
+    prompt: int = 128
+    bits: float = 16.0
+    predictor: str = "stated"
+    chunking: str = "adaptive"
+    policy: str = "lru"
+    ablation: str = "all"
+    distance: int = 2
+
+    def __post_init__(self) -> None:
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f"predictor must be one of {', '.join(PREDICTORS)}, got {self.predictor!r}")
+        if not 0 < self.bits <= 32:
+            raise ValueError(f"bits must be in (0, 32], got {self.bits}")
+
+    def config(self, **others: Any) -> Config:
+        return Config(
+            slots=self.slots,
+            predictor="none" if self.predictor == "none" else "auto",
+            chunking=self.chunking,  # type: ignore[arg-type]
+            policy=self.policy,
+            ablation=self.ablation,
+            distance=self.distance,
+            **others,
+        )
+
+
+def combinations(**values: Sequence[Any]) -> Iterator[Choice]:
+    """Yield every combination of these values of `Choice`, the last one changing fastest."""
+    names = {field.name for field in fields(Choice)}
+    assert values.keys() <= names
+    for cells in itertools.product(*values.values()):
+        yield Choice(**dict(zip(values, cells, strict=True)))
+
+
+def simulate(scene: Scene, choice: Choice, **options: Any) -> Outcome:
+    """Run one combination. options: further fields of `Config`."""
+    shape = replace(scene.shape, bits=choice.bits)
+    hardware = scene.hardware
+    simulator = Simulator(
+        shape,
+        scene.costs_of(shape),
+        Wire(bandwidth=hardware.link_bandwidth, latency=hardware.link_latency),
+        choice.config(**options),
+        popularity=popularity_of(scene.texts[: choice.batch]),
+        slowed=hardware.slowed,
+    )
+    if len(scene.texts) < 2 * choice.batch:
+        raise ValueError(f"a batch of {choice.batch} needs {2 * choice.batch} texts, and there are {len(scene.texts)}")
+    texts = [text.truth for text in scene.texts] if choice.predictor == "perfect" else scene.texts
+    simulator.run(passes(texts[: choice.batch], prompt=choice.prompt, batch=choice.batch))
+    simulator.reset()
+    return simulator.run(passes(texts[choice.batch :], prompt=choice.prompt, batch=choice.batch))
+
+
+def traced_texts(trace: Trace, shape: ModelShape, statistics: Statistics, tokens: int) -> list[Routed]:
+    """Return the documents of a trace that are long enough, the first `tokens` tokens of each.
+
+    What is predicted for them is made up, as accurate as the statistics say: a wrong guess is any other expert.
+    Raises PromoeError where the trace is of another model, or too short.
+    """
+    mine = [(layer.experts, layer.active) for layer in shape.layers]
+    if (theirs := [(layer.experts, layer.active) for layer in trace.layers]) != mine:
+        raise PromoeError(
+            f"{trace.folder} is a trace of another model: its layers have {sorted({*theirs})} experts and active ones "
+            f"({len(theirs)} layers), {shape.name} has {sorted({*mine})} ({len(mine)} layers)"
+        )
+    rng, found = np.random.default_rng(statistics.seed), []
+    for document in trace.read():
+        if document.tokens < tokens:
+            continue
+        ids = []
+        for index, (E, _) in enumerate(mine):
+            ids_TA = document.expert_ids_TA(index)[:tokens].numpy()
+            ids.append(np.where(ids_TA < E, ids_TA, -1).astype(np.int16))
+        named = [
+            [
+                np.where(rng.random(i.shape) < share, i, rng.integers(0, E, i.shape)).astype(np.int16)
+                for i, (E, _) in zip(ids, mine, strict=True)
+            ]
+            for share in statistics.accuracy
+        ]
+        found.append(Routed(ids=ids, named=named))
+    if len(found) < 2:
+        raise PromoeError(
+            f"{trace.folder} has {len(found)} documents of {tokens} tokens and more, and two are needed: "
+            "ask for shorter prompts and fewer tokens, or record more text"
+        )
+    return found
+
+
+def synthetic_texts(shape: ModelShape, statistics: Statistics, count: int, tokens: int) -> list[Routed]:
+    """Return made-up texts for a model. Raises ValueError unless there is one beside the first."""
+    if count < 2 or tokens < 2:
+        raise ValueError(f"two texts of two tokens are needed at least, got {count} of {tokens}")
+    synthetic = Synthetic(statistics, [(layer.experts, layer.active) for layer in shape.layers])
+    return synthetic.texts(count, tokens)

@@ -1,0 +1,84 @@
+"""How much of what is predicted is copied ahead: no more than time allows, and only where it has been worth it.
+
+Pure, as `core` is: told the time and what was predicted, so that a running model and a simulated one share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from promoe_triton.core import Core
+from promoe_triton.protocols import ExpertKey, Seam
+
+PROMPT = 32
+"""Tokens from which on a call counts as a prompt: it uses nearly every expert, whatever is predicted."""
+
+PROBE = 32
+"""Where no prediction is worth a copy, only every so many is made."""
+
+SMOOTHING = 0.1
+"""The share of the newest layer in the time that a layer takes."""
+
+
+class Way(NamedTuple):
+    """Where a prediction comes from: from which seam, over how many layers, for how many tokens (powers of two)."""
+
+    seam: Seam
+    ahead: int
+    tokens: int
+
+
+class Place(NamedTuple):
+    """Where in the model a prediction is made."""
+
+    layer: int
+    seam: Seam
+
+
+class Ranking(NamedTuple):
+    """A prediction on the host: experts of one layer, most likely first, `steps` tokens from now."""
+
+    steps: int
+    experts: Sequence[ExpertKey]
+
+
+class Speculation:
+    """Follows how long layers take, and tells the core what was predicted as far as the link can bring it in time.
+
+    No more is queued than the link can bring until the layer comes (paper, section on stride prefetching): its
+    bandwidth, times the time that layers take beside waiting.
+    """
+
+    def __init__(self) -> None:
+        self._layer_seconds = 0.0
+        self._last = (0.0, 0.0)
+        self._skipped: dict[Place, int] = {}
+
+    def routed(self, tokens: int, now: float, stalled: float) -> None:
+        """A layer has routed so many tokens at the time `now`; layers have waited for `stalled` seconds in all."""
+        then, before = self._last
+        self._last = (now, stalled)
+        taken = now - then - (stalled - before)
+        if then and tokens < PROMPT:
+            self._layer_seconds += (taken - self._layer_seconds) * (SMOOTHING if self._layer_seconds else 1.0)
+
+    def hopeless(self, place: Place) -> bool:
+        """Whether to leave out this prediction, as those from here have come to nothing."""
+        left = self._skipped.get(place, 0)
+        if left > 0:
+            self._skipped[place] = left - 1
+        return left > 0
+
+    def queue(self, core: Core, place: Place, tokens: int, rankings: Sequence[Ranking], bandwidth: float) -> None:
+        """Tell the core what was predicted from `tokens` tokens, nearest layer first. bandwidth: bytes per second."""
+        promising = False
+        for steps, keys in rankings:
+            position = core.position_of(keys[0].layer, steps)
+            ahead = position - core.position
+            way = Way(place.seam, ahead, tokens.bit_length())
+            window = bandwidth * self._layer_seconds * ahead - core.queued(position)
+            core.predict(position, keys, window, way)
+            promising |= any(core.admission.worthy(way, keys[0].layer))
+        if not promising:
+            self._skipped[place] = PROBE - 1

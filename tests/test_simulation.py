@@ -1,0 +1,417 @@
+"""The simulator: laws that any machine keeps, the runtime's own decisions, statistics that are met, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import promoe_triton
+from promoe_triton.cli.commands import app
+from promoe_triton.config import Config
+from promoe_triton.errors import PromoeError
+from promoe_triton.links.fake import Wire
+from promoe_triton.predictors.bounds import RoutingRecorder
+from promoe_triton.protocols import Part
+from promoe_triton.simulation.costs import Curve, Roofline
+from promoe_triton.simulation.description import FOLDER, hardware_names, read_hardware, read_software
+from promoe_triton.simulation.routing import Routed, Statistics, Synthetic, passes, popularity_of
+from promoe_triton.simulation.shapes import LayerShape, ModelShape, model_shape
+from promoe_triton.simulation.simulator import Outcome, Simulator
+from promoe_triton.simulation.sweep import Choice, Scene, combinations, simulate, traced_texts
+from promoe_triton.techniques import ABLATION
+from promoe_triton.traces import TracedLayer, TraceWriter, read_trace
+
+DEMO = Path(promoe_triton.__file__).parent / "demo" / "model"
+MODELS = Path(promoe_triton.__file__).parent / "simulation" / "models"
+WEIGHTS = 1 << 21
+MACHINE = read_hardware("rtx4090")
+LOOP = read_software("loop")
+
+
+def shape(layers: int = 3, experts: int = 8, active: int = 2, weights: int = WEIGHTS) -> ModelShape:
+    layer = LayerShape(experts=experts, active=active, up_weights=2 * weights, down_weights=weights)
+    return ModelShape(
+        name="tiny",
+        layers=(layer,) * layers,
+        decoder_layers=layers,
+        dense_weights=weights,
+        head_weights=weights,
+        kv_weights=64,
+        attention_width=64,
+        bits=16.0,
+        dense_bits=16.0,
+    )
+
+
+def texts(
+    of: ModelShape, seed: int, tokens: int = 40, count: int = 1, accuracy: tuple[float, ...] = (0.8, 0.7)
+) -> list[Routed]:
+    rng = np.random.default_rng(seed)
+    E, A = of.layers[0].experts, of.layers[0].active
+    found = []
+    for _ in range(count):
+        scores = rng.standard_normal((len(of.layers), tokens, E)).cumsum(1)
+        ids = [np.argsort(-one, axis=1)[:, :A].astype(np.int16) for one in scores]
+        named = [
+            [np.where(rng.random(i.shape) < share, i, rng.integers(0, E, i.shape)).astype(np.int16) for i in ids]
+            for share in accuracy
+        ]
+        found.append(Routed(ids=ids, named=named))
+    return found
+
+
+def make(of: ModelShape, bandwidth: float = 1e9, **options: Any) -> Simulator:
+    """Predictions cost nothing here, so that none can be too dear."""
+    options = {"chunk": "1MiB", "slots": len(of.layers) * 4} | options
+    return Simulator(
+        of,
+        Roofline(MACHINE, replace(LOOP, predict=0.0), of),
+        Wire(bandwidth=bandwidth, latency=1e-5),
+        Config(**options),
+    )
+
+
+def run(of: ModelShape, found: list[Routed], prompt: int = 1, bandwidth: float = 1e9, **options: Any) -> Outcome:
+    return make(of, bandwidth, **options).run(passes(found, prompt=prompt))
+
+
+sizes = st.tuples(st.integers(1, 4), st.integers(4, 12), st.integers(1, 4))
+steps = st.sampled_from(sorted(ABLATION))
+laws = settings(max_examples=10, deadline=None, derandomize=True)
+
+
+@laws
+@given(size=sizes, seed=st.integers(0, 99), step=steps, slots=st.integers(1, 9), prompt=st.integers(1, 12))
+def test_time_never_decreases_and_every_access_is_counted(
+    size: tuple[int, int, int], seed: int, step: str, slots: int, prompt: int
+) -> None:
+    of = shape(*size)
+    found = texts(of, seed)
+    simulator = make(of, slots=slots * len(of.layers), ablation=step)
+    before, accesses = simulator.link.now(), 0
+    for one in passes(found, prompt=prompt):
+        outcome = simulator.run([one])
+        now = simulator.link.now()
+        assert now >= before
+        before = now
+        accesses += sum(len(one.rows(layer)) for layer in range(len(of.layers)))
+    assert outcome.hits + outcome.misses == accesses
+    assert outcome.seconds >= outcome.stall_seconds + outcome.computing_seconds - 1e-9
+    for table in {*simulator.core.tables}:
+        table.check_integrity()
+        assert not table._leases.keys() - table._filling, "every lease was given back"
+
+
+@laws
+@given(size=sizes, seed=st.integers(0, 99), step=steps, slots=st.integers(1, 9), prompt=st.integers(1, 12))
+def test_bytes_are_conserved(size: tuple[int, int, int], seed: int, step: str, slots: int, prompt: int) -> None:
+    of = shape(*size)
+    simulator = make(of, slots=slots * len(of.layers), ablation=step)
+    simulator.run(passes(texts(of, seed), prompt=prompt))
+    simulator.link.pass_time(1e3)
+    outcome = simulator.run(())
+    needed = (outcome.misses + outcome.on_time) * of.expert_bytes(0)
+    if step == "layer":
+        assert outcome.bytes_moved >= needed, "experts that nobody asked for are copied as well"
+    elif slots >= size[2] and prompt == 1:
+        assert outcome.bytes_moved == needed + outcome.bytes_wasted + outcome.bytes_unproven
+    else:
+        # An expert that passes through its slots in halves is copied anew, whatever of it had come ahead of need.
+        again = outcome.bytes_moved - needed - outcome.bytes_wasted - outcome.bytes_unproven
+        assert 0 <= again <= outcome.bytes_ahead
+
+
+@laws
+@given(size=sizes, seed=st.integers(0, 99), step=st.sampled_from(["lru", "preemption", "reorder"]))
+def test_more_slots_never_mean_more_misses_for_lru(size: tuple[int, int, int], seed: int, step: str) -> None:
+    of = shape(*size)
+    A, E, L = of.layers[0].active, of.layers[0].experts, len(of.layers)
+    misses = [run(of, texts(of, seed), slots=L * S, ablation=step).misses for S in range(A, E + 1)]
+    assert misses == sorted(misses, reverse=True)
+
+
+@laws
+@given(seed=st.integers(0, 99), slots=st.integers(3, 7), step=st.sampled_from(["lru", "preemption", "all"]))
+def test_more_bandwidth_is_never_slower(seed: int, slots: int, step: str) -> None:
+    of = shape(4, 8, 2)
+    taken = [
+        run(of, texts(of, seed, tokens=60), bandwidth=rate, slots=4 * slots, ablation=step).seconds
+        for rate in (5e8, 1e9, 4e9, 32e9)
+    ]
+    assert all(after <= 1.02 * before for before, after in pairwise(taken)), taken
+
+
+@laws
+@given(seed=st.integers(0, 99), slots=st.integers(3, 7), rate=st.sampled_from([1e9, 4e9, 32e9]))
+def test_a_perfect_predictor_is_never_slower_than_none(seed: int, slots: int, rate: float) -> None:
+    of = shape(4, 8, 2)
+    found = texts(of, seed, tokens=60)
+    perfect = run(of, [text.truth for text in found], bandwidth=rate, slots=4 * slots)
+    none = run(of, found, bandwidth=rate, slots=4 * slots, predictor="none")
+    assert perfect.seconds <= 1.02 * none.seconds
+    assert perfect.accuracy > 0.8 or perfect.on_time + perfect.late == 0
+
+
+@pytest.fixture(scope="module")
+def text() -> torch.Tensor:
+    return torch.randint(2048, (1, 24), generator=torch.Generator().manual_seed(3))
+
+
+def decode(text: torch.Tensor, **options: Any) -> Any:
+    """Return the demo model after a prompt of 8 tokens and 16 decode steps, from slots that were empty."""
+    model = promoe_triton.from_pretrained(str(DEMO), warm=False, **options)
+    with torch.inference_mode():
+        cache = model(text[:, :8], use_cache=True).past_key_values
+        for token in range(8, 24):
+            cache = model(text[:, token : token + 1], past_key_values=cache, use_cache=True).past_key_values
+    return model
+
+
+@pytest.fixture(scope="module")
+def routed(text: torch.Tensor) -> Routed:
+    recorder = RoutingRecorder(100)
+    decode(text, slots=0.9, predictor=recorder)
+    ids = [np.concatenate([one[layer] for one in recorder.recording]).astype(np.int16) for layer in range(8)]
+    return Routed(ids=ids)
+
+
+@pytest.mark.parametrize("step", ["lru", "preemption", "all"])
+@pytest.mark.parametrize("slots", [0.5, 0.125])
+def test_it_decides_as_the_runtime_does(slots: float, step: str, text: torch.Tensor, routed: Routed) -> None:
+    """The demo model decodes a text; the simulator is given its routing, and hits and misses as often."""
+    options: dict[str, Any] = {"slots": slots, "predictor": "none", "ablation": step}
+    model = decode(text, **options)
+    stats = promoe_triton.stats(model)
+    of = model_shape(str(DEMO))
+    outcome = run(of, [routed], prompt=8, warm=False, **options)
+    assert (outcome.hits, outcome.misses) == (stats.hits, stats.misses)
+    assert outcome.hits + outcome.misses > 900
+
+
+@pytest.mark.parametrize(
+    "wanted", [Statistics(popularity=0.3, reuse=0.5), Statistics(popularity=0.6, reuse=0.4)], ids=["flat", "skewed"]
+)
+def test_made_up_routing_has_the_statistics_asked_for(wanted: Statistics) -> None:
+    found = Synthetic(wanted, [(64, 6)] * 3).text(3000)
+    shares, same, right = [], [], []
+    for layer, ids_TA in enumerate(found.ids):
+        counts = np.sort(np.bincount(ids_TA.ravel(), minlength=64))[::-1]
+        shares.append(counts[:16].sum() / counts.sum())
+        same += [len({*a} & {*b}) / 6 for a, b in zip(ids_TA.tolist(), ids_TA[1:].tolist(), strict=False)]
+        right.append(
+            [
+                np.mean([len({*a} & {*b}) / 6 for a, b in zip(ids_TA.tolist(), h[layer].tolist(), strict=True)])
+                for h in found.named
+            ]
+        )
+    # A text is short: by chance some experts come more often in it.
+    assert np.mean(shares) == pytest.approx(wanted.popularity, abs=0.05)
+    assert np.mean(same) == pytest.approx(wanted.reuse, abs=0.03)
+    assert np.mean(right, 0) == pytest.approx(wanted.accuracy, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes", "gigabytes"),
+    [
+        ("mixtral-8x7b", 352, 90.2),
+        ("qwen2-57b-a14b", 55.1, 98.7),
+        ("deepseek-moe-16b", 17.3, 29.9),
+        ("deepseek-v2-lite", 17.3, 28.8),
+        ("qwen1.5-moe-a2.7b", 17.3, 24.9),
+        ("olmoe-1b-7b", 12.6, 12.9),
+        ("qwen3-30b-a3b", 9.4, 58.0),
+    ],
+)
+def test_shapes_have_the_published_sizes(name: str, megabytes: float, gigabytes: float) -> None:
+    of = model_shape(str(MODELS / f"{name}.json"))
+    assert of.expert_bytes(0) / 1e6 == pytest.approx(megabytes, rel=0.01)
+    assert of.all_expert_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert of.expert_bytes(0, Part.UP) == 2 * of.expert_bytes(0, Part.DOWN)
+
+
+def test_fewer_bits_are_fewer_bytes_and_a_text_side_by_side_is_a_row_more() -> None:
+    of = shape()
+    assert replace(of, bits=4.0).expert_bytes(0) * 4 == of.expert_bytes(0)
+    two = [*passes(texts(of, 1, tokens=5, count=2), prompt=2, batch=2)]
+    assert [(one.prefill, one.tokens, one.context) for one in two] == [
+        (True, 4, 0),
+        (False, 2, 2),
+        (False, 2, 3),
+        (False, 2, 4),
+    ]
+    assert sum(two[1].rows(0).values()) == 4
+
+
+def test_a_curve_is_straight_between_its_points_and_goes_on_beyond() -> None:
+    curve = Curve(sizes=(1, 3, 5), seconds=(1.0, 2.0, 4.0))
+    assert [curve.at(size) for size in (1, 2, 4, 6)] == [1.0, 1.5, 3.0, 5.0]
+    with pytest.raises(ValueError, match="its sizes rise"):
+        Curve(sizes=(2, 1), seconds=(1.0, 1.0))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_packaged_hardware_can_be_read(name: str) -> None:
+    assert read_hardware(name).link_bandwidth < read_hardware(name).memory_bandwidth
+
+
+def broken(tmp_path: Path, **cells: Any) -> str:
+    """Write the RTX 4090 with other cells; None takes one out."""
+    found = {**json.loads((FOLDER / "rtx4090.json").read_text()), **cells}
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps({name: cell for name, cell in found.items() if cell is not None}))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        pytest.param({"link_bandwidth": None, "slowed": None}, "lacks link_bandwidth, slowed", id="missing"),
+        pytest.param({"pcie": 4}, "has pcie, which nobody reads", id="unknown"),
+        pytest.param({"link_bandwidth": "25 GB/s"}, "link_bandwidth should be a float, and is '25 GB/s'", id="text"),
+        pytest.param({"memory_bandwidth": 0}, "memory_bandwidth must be positive", id="zero"),
+        pytest.param({"sources": {}}, "gives no source of memory_bytes", id="no source"),
+    ],
+)
+def test_hardware_that_is_not_whole_is_refused(tmp_path: Path, cells: dict[str, Any], message: str) -> None:
+    with pytest.raises(PromoeError, match=message):
+        read_hardware(broken(tmp_path, **cells))
+
+
+def test_other_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(PromoeError, match="one JSON object"):
+        read_hardware(str(tmp_path / "list.json"))
+    with pytest.raises(PromoeError, match="no hardware 'abacus': expected one of h200"):
+        read_hardware("abacus")
+    with pytest.raises(ValueError, match="software must be one of"):
+        read_software("magic")
+    with pytest.raises(ValueError, match="slots as a count must be at least 1"):
+        run(shape(), texts(shape(), 0), slots=0)
+    with pytest.raises(ValueError, match="predictor must be one of stated, perfect, none"):
+        Choice(predictor="gate")
+    with pytest.raises(ValueError, match="none to decode after a prompt of 40"):
+        list(passes(texts(shape(), 0), prompt=40))
+    with pytest.raises(ValueError, match="popularity must be in"):
+        Statistics(popularity=0.1)
+    with pytest.raises(ValueError, match="bits must be in"):
+        Choice(bits=0)
+
+
+def write_trace(folder: Path, of: ModelShape, documents: int = 2, tokens: int = 20) -> Path:
+    E, A = of.layers[0].experts, of.layers[0].active
+    layers = [TracedLayer(path=f"{i}", experts=E, active=A, hidden=4) for i in range(len(of.layers))]
+    writer = TraceWriter(folder, {"model": "tiny"}, layers, shard_tokens=10**6)
+    for number in range(documents):
+        ids = torch.stack(
+            [torch.randperm(E, generator=torch.Generator().manual_seed(t + number))[:A] for t in range(tokens)]
+        )
+        whole = torch.arange(tokens, dtype=torch.int32)
+        writer.add(
+            {"token_ids": whole, "position": whole, "is_prefill": whole < 4}
+            | {f"ids.{i}": ids.to(torch.int16) for i in range(len(layers))}
+            | {f"weights.{i}": ids.float() for i in range(len(layers))}
+        )
+    writer.flush()
+    return folder
+
+
+def test_a_trace_is_simulated_as_it_was_recorded(tmp_path: Path) -> None:
+    of = shape()
+    trace = read_trace(write_trace(tmp_path, of))
+    found = traced_texts(trace, of, Statistics(accuracy=(1.0,)), 20)
+    assert [len(text) for text in found] == [20, 20]
+    first = next(iter(trace.read()))
+    assert found[0].ids[1].tolist() == first.expert_ids_TA(1).tolist() == found[0].named[0][1].tolist()
+    wrong = traced_texts(trace, of, Statistics(accuracy=(0.5,)), 20)[0]
+    assert 0.4 < np.mean(np.array(wrong.named[0]) == np.array(wrong.ids)) < 0.75
+
+
+@pytest.mark.parametrize(
+    ("documents", "tokens", "of", "message"),
+    [
+        pytest.param(2, 20, shape(experts=9), "a trace of another model", id="another model"),
+        pytest.param(2, 21, shape(), "has 0 documents of 21 tokens", id="too short"),
+        pytest.param(1, 9, shape(), "has 1 documents of 9 tokens and more, and two are needed", id="one document"),
+    ],
+)
+def test_traces_that_do_not_fit_are_refused(
+    documents: int, tokens: int, of: ModelShape, message: str, tmp_path: Path
+) -> None:
+    trace = read_trace(write_trace(tmp_path, shape(), documents))
+    with pytest.raises(PromoeError, match=message):
+        traced_texts(trace, of, Statistics(), tokens)
+
+
+def test_empty_and_truncated_traces_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromoeError, match="holds no trace"):
+        read_trace(tmp_path)
+    folder = write_trace(tmp_path / "a", shape())
+    file = folder / "shard-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(PromoeError, match="cannot be read"):
+        traced_texts(read_trace(folder), shape(), Statistics(), 9)
+    empty = write_trace(tmp_path / "b", shape(), documents=0)
+    result = call("olmoe-1b-7b", "--trace", str(empty))
+    assert (result.exit_code, "is empty" in result.stderr) == (1, True)
+
+
+def test_sweeps() -> None:
+    of = shape()
+    scene = Scene(shape=of, hardware=replace(MACHINE, link_bandwidth=2e9), software=LOOP, texts=texts(of, 0, count=3))
+    found = {
+        c: simulate(scene, c)
+        for c in combinations(prompt=[4], slots=[0.5], predictor=["none", "perfect"], bits=[16, 4])
+    }
+    assert [(c.predictor, c.bits) for c in found] == [("none", 16), ("none", 4), ("perfect", 16), ("perfect", 4)]
+    none, small, perfect, _ = found.values()
+    assert small.bytes_moved < none.bytes_moved
+    assert none.bytes_ahead == 0 < perfect.bytes_ahead
+    assert perfect.hidden(none) > 0
+    assert sum(popularity_of(scene.texts).values()) == 3 * 40 * 2 * 3
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["simulate", *arguments])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    options = ("olmoe-1b-7b", "--prompt", "8", "--tokens", "4", "--slots", "0.25,0.5", "--out", str(tmp_path / "a.csv"))
+    found = json.loads(call(*options, "--json").stdout)
+    assert found["hardware"].startswith("RTX 4090")
+    assert [(row["slots"], row["ablation"]) for row in found["runs"]] == [
+        (s, a) for s in (0.25, 0.5) for a in ("lru", "all")
+    ]
+    assert all(row["tpot_seconds"] > 0 for row in found["runs"])
+    with (tmp_path / "a.csv").open() as file:
+        assert len([*csv.DictReader(file)]) == 4
+    assert "TPOT" in call(*options).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        pytest.param(["--slots", "0"], 2, "slots as a count must be at least 1, got 0", id="zero slots"),
+        pytest.param(["--slots", "0.5,0"], 2, "slots as a count must be at least 1, got 0", id="zero slots in a sweep"),
+        pytest.param(["--batch", "x"], 2, "--batch takes whole numbers", id="no number"),
+        pytest.param(["--hardware", "abacus"], 1, "no hardware 'abacus'", id="no hardware"),
+        pytest.param(["--ablation", "most"], 2, "ablation must be one of", id="no step"),
+    ],
+)
+def test_the_command_refuses(options: list[str], code: int, message: str) -> None:
+    result = call("olmoe-1b-7b", *options)
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.split())
