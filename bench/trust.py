@@ -1,0 +1,429 @@
+"""The simulator against real runs on this machine: decoding and prompts from disk, several cache sizes, ablation steps.
+
+Calibrated from micro-measurements only, before anything runs end to end: reads of an expert's tensors alone and several
+at a time, products of one expert by rows, a call whose experts are all there, a prediction, and passes with everything
+resident, alone and while the disk streams. Routing and predictions are recorded once, and simulated for every case.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import record
+import torch
+from decoding import decode, prefill
+from models import MODEL, large_checkpoint, open_store, prompts, sizes
+from subjects import OnDisk
+
+import promoe_triton
+from promoe_triton.config import Config
+from promoe_triton.links.fake import Wire
+from promoe_triton.memory import SlotMemory
+from promoe_triton.predictors.bounds import RoutingRecorder
+from promoe_triton.protocols import ExpertKey, Observation, Part, Seam
+from promoe_triton.simulation.costs import Curve, Measured
+from promoe_triton.simulation.routing import Pass, Routed, passes
+from promoe_triton.simulation.shapes import ModelShape, model_shape
+from promoe_triton.simulation.simulator import Simulator
+
+CASES: dict[str, dict[str, Any]] = {
+    "lru": {"ablation": "lru"},
+    "preemption": {"ablation": "preemption"},
+    "no prediction": {"predictor": "none"},
+    "all": {"ablation": "all"},
+}
+GOAL = 0.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is measured. rows: of products; tokens: of prompts, resident; text: warm-up and timed tokens."""
+
+    expert_bytes: int
+    shares: tuple[float, ...]
+    repeats: int
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+    warm_up: int
+    timed: int
+
+
+FULL = Size(
+    expert_bytes=9_400_000,
+    shares=(0.25, 0.5, 0.75),
+    repeats=15,
+    rows=(1, 2, 4, 8, 16, 32, 64),
+    tokens=(1, 32, 128, 512),
+    warm_up=32,
+    timed=64,
+)
+QUICK = Size(
+    expert_bytes=2_400_000,
+    shares=(0.5,),
+    repeats=5,
+    rows=(1, 4, 16),
+    tokens=(1, 32),
+    warm_up=4,
+    timed=8,
+)
+PROMPT = {True: 32, False: 128}
+
+
+def seconds(action: Callable[[], object], repeats: int) -> float:
+    """Return the median over repeats, after one that does not count."""
+    action()
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - began)
+    return median(taken)
+
+
+def measure_link(folder: Path, lanes: int, repeats: int) -> Wire:
+    """Return bandwidth and latency, from reads of whole tensors past the page cache: one, and `lanes` at a time."""
+    from promoe_triton.links.filling import SlotFiller
+    from promoe_triton.protocols import Chunk, Transfer
+
+    store = open_store(folder)
+    E = sizes(folder).experts // len(store.specs)
+    memory = SlotMemory(lanes, store.slot_bytes(0, E))
+    filler = SlotFiller(store, [memory] * len(store.specs), direct=True)
+    order = np.random.default_rng(0).permutation(len(store.specs) * E)
+    keys = iter([ExpertKey(int(i) // E, int(i) % E) for i in order])
+
+    def read(slot: int) -> int:
+        transfer = Transfer(key=next(keys), part=Part.WHOLE, slot=slot)
+        begin, end = 0, filler.cuts(transfer).ends[0]
+        return filler.copy(Chunk(transfer=transfer, begin=begin, end=end))
+
+    nbytes = read(0)
+    alone = seconds(lambda: read(0), repeats)
+    with ThreadPoolExecutor(lanes) as pool:
+
+        def together() -> None:
+            list(pool.map(read, [*range(lanes)] * 4))
+
+        each = seconds(together, repeats) / (4 * lanes)
+    filler.close()
+    return Wire(bandwidth=nbytes / each, latency=max(alone - nbytes / each, 0.0))
+
+
+def measure_costs(folder: Path, size: Size) -> tuple[Measured, float]:
+    """Return what computing takes, and how much longer while the disk streams."""
+    found, slowed = measure_resident(folder, size)
+    gc.collect()
+    partial = measure_decisions(folder, size.repeats)
+    calls = Curve(sizes=found.calls.sizes, seconds=tuple(beside + partial for beside in found.calls.seconds))
+    return replace(found, calls=calls), slowed
+
+
+def measure_resident(folder: Path, size: Size) -> tuple[Measured, float]:
+    """Return the same where all experts are in slots, but for predictions."""
+    model = load(folder, {"slots": 1.0})
+    layers = [model.get_submodule(path)._promoe for path in find_experts_of(model)]
+    E, A, D = layers[0].experts, model.config.num_experts_per_tok, model.config.hidden_size
+    dtype = next(model.parameters()).dtype
+    calls = Calls(layers, E, A, D, dtype)
+    with torch.inference_mode():
+        up, down = zip(*(calls.products(rows, size.repeats) for rows in size.rows), strict=True)
+        wave = calls.another_wave(size.repeats)
+        costs = Measured(
+            dense=Curve(sizes=(1,), seconds=(0.0,)),
+            calls=Curve(sizes=(1,), seconds=(0.0,)),
+            up=Curve(sizes=size.rows, seconds=tuple(max(t - wave, 0.0) for t in up)),
+            down=Curve(sizes=size.rows, seconds=tuple(max(t - wave, 0.0) for t in down)),
+            wave=wave,
+            asking=0.0,
+            heads=0.0,
+        )
+        call = tuple(calls.beside(tokens, costs, size.repeats) for tokens in size.tokens)
+        texts = [torch.tensor(prompts(MODEL, 1, tokens)) for tokens in size.tokens]
+        alone = [seconds(lambda ids=ids: model(ids), size.repeats) for ids in texts]  # type: ignore[misc]
+        with OnDisk(folder).streaming():
+            streaming = seconds(lambda: model(texts[0]), size.repeats)
+    experts = tuple(beside + calls.expected(tokens, costs) for tokens, beside in zip(size.tokens, call, strict=True))
+    dense = tuple(max(taken / len(layers) - mine, 0.0) for taken, mine in zip(alone, experts, strict=True))
+    found = Measured(
+        dense=Curve(sizes=size.tokens, seconds=dense),
+        calls=Curve(sizes=size.tokens, seconds=call),
+        up=costs.up,
+        down=costs.down,
+        wave=wave,
+        asking=0.0,
+        heads=0.0,  # part of what is resident, and so of `dense`
+    )
+    return found, max(streaming / alone[0], 1.0)
+
+
+def load(folder: Path, options: Mapping[str, Any]) -> Any:
+    """Return the model in slots, read past the page cache."""
+    return promoe_triton.from_pretrained(str(folder), io="direct", **options)
+
+
+def find_experts_of(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if hasattr(module, "_promoe")]
+
+
+class Calls:
+    """Calls of single layers, each time of another one, so that no expert is in a processor's cache."""
+
+    def __init__(self, layers: Sequence[Any], E: int, A: int, D: int, dtype: torch.dtype) -> None:
+        self._layers, self._E, self._A, self._D, self._dtype = layers, E, A, D, dtype
+        self._turn = 0
+        self._rng = torch.Generator().manual_seed(0)
+
+    def _next(self) -> Any:
+        self._turn += 1
+        return self._layers[self._turn % len(self._layers)]
+
+    def _call(self, rows: int) -> tuple[Any, Any, list[int]]:
+        """Begin a call in which A experts have so many rows each."""
+        layer = self._next()
+        experts = torch.randperm(self._E, generator=self._rng)[: self._A]
+        x_TD = torch.randn(rows, self._D, generator=self._rng).to(self._dtype)
+        ids_TA = experts.expand(rows, self._A).contiguous()
+        call = layer.kernels.begin(x_TD, ids_TA, torch.full(ids_TA.shape, 0.1).to(self._dtype))
+        return layer.kernels, call, experts.tolist()
+
+    def products(self, rows: int, repeats: int) -> tuple[float, float]:
+        """Return seconds of one expert's up and down product with so many rows, in a wave of A."""
+        up, down = [], []
+        for _ in range(repeats):
+            kernels, call, experts = self._call(rows)
+            began = time.perf_counter()
+            kernels.up(call, experts)
+            middle = time.perf_counter()
+            kernels.activate(call)
+            third = time.perf_counter()
+            kernels.down(call, experts)
+            up.append((middle - began) / len(experts))
+            down.append((time.perf_counter() - third) / len(experts))
+        return median(up), median(down)
+
+    def another_wave(self, repeats: int) -> float:
+        """Return what it costs to compute experts one by one instead of at once, each."""
+        apart, at_once = [], []
+        for _ in range(4 * repeats):
+            kernels, call, experts = self._call(1)
+            began = time.perf_counter()
+            kernels.up(call, experts)
+            at_once.append(time.perf_counter() - began)
+            kernels, call, experts = self._call(1)
+            began = time.perf_counter()
+            for expert in experts:
+                kernels.up(call, [expert])
+            apart.append(time.perf_counter() - began)
+        return max((median(apart) - median(at_once)) / (self._A - 1), 0.0)
+
+    def _random(self, tokens: int) -> torch.Tensor:
+        return torch.stack([torch.randperm(self._E, generator=self._rng)[: self._A] for _ in range(tokens)])
+
+    def expected(self, tokens: int, costs: Measured) -> float:
+        """Return what the products of so many tokens take, whose experts are drawn by chance."""
+        counts = self._random(tokens).unique(return_counts=True)[1].tolist()
+        return sum(costs.product(0, part, counts) for part in (Part.UP, Part.DOWN))
+
+    def beside(self, tokens: int, costs: Measured, repeats: int) -> float:
+        """Return what a call of so many tokens takes beside its products."""
+        taken = []
+        for _ in range(repeats):
+            layer, ids_TA = self._next(), self._random(tokens)
+            x_TD = torch.randn(tokens, self._D, generator=self._rng).to(self._dtype)
+            weights_TA = torch.full(ids_TA.shape, 0.1).to(self._dtype)
+            counts = ids_TA.unique(return_counts=True)[1].tolist()
+            began = time.perf_counter()
+            layer.run(x_TD, ids_TA, weights_TA, True)
+            whole = time.perf_counter() - began
+            taken.append(whole - sum(costs.product(0, part, counts) for part in (Part.UP, Part.DOWN)))
+        return max(median(taken), 0.0)
+
+
+def measure_decisions(folder: Path, repeats: int) -> float:
+    """Return what decisions and locks add to a call that finds its experts in slots, where not all are."""
+    model = load(folder, {"slots": 0.5})
+    name = find_experts_of(model)[2]
+    layer, A = model.get_submodule(name)._promoe, model.config.num_experts_per_tok
+    ready = [key.expert for key in layer.table.ready()][:A]
+    x_TD = torch.randn(1, model.config.hidden_size).to(next(model.parameters()).dtype)
+    ids_TA = torch.tensor([ready])
+    weights_TA = torch.full((1, A), 0.1).to(x_TD.dtype)
+    layer.model.prefetcher = None
+    with torch.inference_mode():
+        slots = seconds(lambda: layer.run(x_TD, ids_TA, weights_TA, True), 8 * repeats)
+        call = layer.kernels.begin(x_TD, ids_TA, weights_TA)
+
+        def resident() -> None:
+            layer.kernels.up(call, ready)
+            layer.kernels.activate(call)
+            layer.kernels.down(call, ready)
+            layer.kernels.combine(call)
+
+        settled = seconds(resident, 8 * repeats)
+    return max(slots - settled, 0.0)
+
+
+class Logged:
+    """A predictor, and what it said: for which pass and layer, from how many layers before. Passes count from 0."""
+
+    def __init__(self, predictor: Any) -> None:
+        self._predictor = predictor
+        self._pass = -1
+        self.taken: list[float] = []
+        self.said: dict[tuple[int, int, int], list[int]] = {}
+
+    def predict(self, seen: Observation) -> Sequence[Any]:
+        began = time.perf_counter()
+        found: Sequence[Any] = self._predictor.predict(seen)
+        self.taken.append(time.perf_counter() - began)
+        self._pass += seen.seam is Seam.ROUTED and seen.layer == 0
+        # What is seen before the first layer's attention is left out: the simulator has no such seam.
+        for prediction in found if seen.seam is not Seam.ENTERED else ():
+            ahead = prediction.layer + 1 if prediction.steps else prediction.layer - seen.layer
+            place = (self._pass + prediction.steps, prediction.layer, ahead)
+            self.said[place] = prediction.expert_ids.tolist()
+        return found
+
+
+def record_text(folder: Path, ids: Sequence[int], prompt: int, distance: int) -> tuple[Routed, float]:
+    """Return how a text is routed and what the default predictor says of it, and the seconds of a prediction."""
+    recorder = RoutingRecorder(len(ids))
+    model = load(folder, {"slots": 0.9, "predictor": recorder})
+    run_text(model, ids, prompt)
+    layers = range(len(find_experts_of(model)))
+    found = [np.concatenate([one[i] for one in recorder.recording]).astype(np.int16) for i in layers]
+    del model
+    gc.collect()
+    model = load(folder, {"slots": 0.5})
+    prefetcher = model.get_submodule(find_experts_of(model)[0])._promoe.model.prefetcher
+    logged = Logged(prefetcher._predictor)
+    prefetcher._predictor = logged
+    run_text(model, ids, prompt)
+    named = [[np.full_like(one, -1) for one in found] for _ in range(distance)]
+    for (number, layer, ahead), experts in logged.said.items():
+        row = prompt - 1 + number  # pass 0 is the prompt
+        if prompt <= row < len(ids) and 0 < ahead <= distance:
+            named[ahead - 1][layer][row, : len(experts)] = experts[: found[layer].shape[1]]
+    return Routed(ids=found, named=named), median(logged.taken)
+
+
+@torch.inference_mode()
+def run_text(model: Any, ids: Sequence[int], prompt: int) -> None:
+    whole = torch.tensor([ids])
+    cache = model(whole[:, :prompt], use_cache=True).past_key_values
+    for token in range(prompt, len(ids)):
+        cache = model(whole[:, token : token + 1], past_key_values=cache, use_cache=True).past_key_values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What the simulator is told of this machine and this model, and nothing else."""
+
+    shape: ModelShape
+    wire: Wire
+    costs: Measured
+    slowed: float
+
+
+def simulated(machine: Calibration, options: Mapping[str, Any], parts: Iterator[Pass], warm_up: int) -> float:
+    """Return seconds per pass, after `warm_up` passes."""
+    simulator = Simulator(machine.shape, machine.costs, machine.wire, Config(**options), slowed=machine.slowed)
+    all_parts = [*parts]
+    simulator.run(all_parts[:warm_up])
+    simulator.reset()
+    outcome = simulator.run(all_parts[warm_up:])
+    return outcome.seconds / (len(all_parts) - warm_up)
+
+
+def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> None:
+    config = Config()
+    results.begin()
+    wire = measure_link(folder, config.depth, size.repeats)
+    costs, slowed = measure_costs(folder, size)
+    length, prompt = size.warm_up + size.timed, PROMPT[quick]
+    text, later = prompts(MODEL, 2, max(length, prompt))
+    decoded, asking = record_text(folder, text[:length], 1, config.distance)
+    costs = replace(costs, asking=asking)
+    machine = Calibration(shape=model_shape(str(folder)), wire=wire, costs=costs, slowed=slowed)
+    results.write(
+        [
+            record.row("calibration", "link", "bandwidth", "GB/s", [wire.bandwidth / 1e9]),
+            record.row("calibration", "link", "latency", "ms", [wire.latency * 1e3], better="lower"),
+            record.row("calibration", "computing", "while the disk streams", "x", [slowed], better="lower"),
+            record.row("calibration", "layer", "beside experts", "ms", [costs.dense.at(1) * 1e3], better="lower"),
+            record.row("calibration", "layer", "beside products", "ms", [costs.calls.at(1) * 1e3], better="lower"),
+            record.row("calibration", "expert", "products, 1 row", "ms", [1e3 * (costs.up.at(1) + costs.down.at(1))]),
+            record.row("calibration", "prediction", "time", "ms", [costs.asking * 1e3], better="lower"),
+        ]
+    )
+    read = [record_text(folder, ids[:prompt] + [0], prompt, config.distance)[0] for ids in (text, later)]
+    prefills = [next(passes([one], prompt=prompt)) for one in read]
+    for share in size.shares:
+        for name, case in CASES.items():
+            options = {"slots": round(sizes(folder).experts * share)} | case
+            results.begin()
+            run = decode(OnDisk(folder), options, [text[:length]], size.warm_up)
+            ours = simulated(machine, options, passes([decoded], prompt=1), size.warm_up)
+            _, warm = prefill(OnDisk(folder), options, text[:prompt], later[:prompt])
+            first = simulated(machine, options, iter(prefills), 1)
+            rows = []
+            for metric, real, simulated_seconds in (("TPOT", run.per_step, ours), ("TTFT", warm.seconds, first)):
+                case_name, error = f"{share:.1%} in slots, {name}", abs(simulated_seconds / real - 1.0)
+                rows += [
+                    record.row(case_name, "real", metric, "ms", [real * 1e3], better="lower"),
+                    record.row(case_name, "simulated", metric, "ms", [simulated_seconds * 1e3], better="lower"),
+                    record.row(case_name, "deviation", metric, "share", [error], target=GOAL, better="lower"),
+                ]
+            results.write(rows)
+
+
+def draw(folder: Path) -> None:
+    """Draw simulated against real times, with the goal as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = {(row.case, row.variant, row.metric): row.p50 for row in record.latest(folder / "trust.csv")}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), constrained_layout=True)
+    for axis, metric in zip(axes, ("TPOT", "TTFT"), strict=True):
+        cases = [case for case, variant, of in rows if (variant, of) == ("real", metric)]
+        for marker, name in zip("osv^", CASES, strict=True):
+            mine = [case for case in cases if case.endswith(f", {name}")]
+            real = [rows[case, "real", metric] for case in mine]
+            axis.plot(real, [rows[case, "simulated", metric] for case in mine], marker, ls="", label=name)
+        times = [rows[case, "real", metric] for case in cases]
+        ends = np.array([0.8 * min(times), 1.2 * max(times)])
+        axis.plot(ends, ends, color="#a0aec0", lw=0.8)
+        axis.fill_between(ends, (1 - GOAL) * ends, (1 + GOAL) * ends, color="#a0aec0", alpha=0.25, label="within 15 %")
+        axis.set(xlabel=f"{metric} measured, ms", ylabel=f"{metric} simulated, ms", title=metric)
+        axis.legend(fontsize=8)
+    figure.suptitle("The simulator against this machine, calibrated from micro-measurements only")
+    figure.savefig(folder / "trust.png", dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = record.arguments(__doc__ or "")
+    parser.add_argument("--scratch", type=Path, help="folder for 5 GB of checkpoint (default: a temporary one)")
+    args = parser.parse_args()
+    record.confine()
+    size = QUICK if args.quick else FULL
+    results = record.results(args, "trust")
+    if not results.has("calibration"):
+        results.path.unlink(missing_ok=True)
+        with large_checkpoint(MODEL, args.scratch, size.expert_bytes, "a checkpoint with large experts") as folder:
+            compare(folder, results, size, args.quick)
+    draw(record.folder(args))
+
+
+if __name__ == "__main__":
+    main()
