@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from promoe_triton.admission import places
 from promoe_triton.core import Core
 from promoe_triton.protocols import ExpertKey, Seam
 
@@ -79,6 +80,7 @@ class Speculation:
             way = Way(place.seam, ahead, tokens.bit_length())
             window = bandwidth * self._layer_seconds * ahead - core.queued(position)
             core.predict(position, keys, window, way)
-            promising |= any(core.admission.worthy(way, keys[0].layer))
+            worthy = core.admission.worthy(way, keys[0].layer)
+            promising |= any(worthy[place] for place in places(len(keys)))
         if not promising:
             self._skipped[place] = PROBE - 1

@@ -315,6 +315,25 @@ class TestOnAKnownLink:
         assert after.run_seconds - before.run_seconds == pytest.approx(self.BUSY)
         assert after.ahead.wasted == 0
 
+    def test_a_predictor_that_is_never_right_is_hardly_asked_any_more(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = [0]
+
+        def wrong() -> Prediction:
+            asked[0] += 1
+            return chance()
+
+        chance = anything(0)._choose
+        faked(monkeypatch, bandwidth=self.BANDWIDTH)
+        model = promoe_triton.from_pretrained(folder, slots=LAYERS, predictor=Names(wrong))
+        asks = []
+        for _ in range(40):
+            asked[0] = 0
+            logits(model)
+            asks.append(asked[0])
+        assert sum(asks[-10:]) < sum(asks[:10]) / 2
+
 
 @torch.no_grad()
 def test_a_prompt_leaves_in_slots_what_decoding_needs() -> None:
