@@ -91,8 +91,8 @@ class Config:
         see how a slower disk or bus would do; None: what there is.
     partition: ``"layer"`` gives each layer its own equal share of the slots, ``"global"`` lets layers compete;
         ``"auto"`` is per layer unless there are fewer slots than layers.
-    policy: which expert leaves when a slot is needed: ``"lru"``, ``"lfru"``, ``"predicted"`` (uses
-        and predictions, both fading) or ``"static"``.
+    policy: which expert leaves when a slot is needed: ``"lru"``, ``"lfru"``, ``"predicted"`` (uses and predictions,
+        both fading), ``"static"``; ``"auto"`` is the third, and LRU at the steps of the paper's ablation.
     profile: a popularity profile (`save_profile`) that says which experts are loaded at the start and that
         ``"static"`` ranks by.
     warm: fill the slots when the model is patched, so that the first prompt finds them full.
@@ -122,7 +122,7 @@ class Config:
     latency: float = 4e-3
     bandwidth: float | str | None = None
     partition: Partition = "auto"
-    policy: str = "lru"
+    policy: str = "auto"
     profile: Path | str | None = None
     warm: bool = True
     predictor: str | Path | Predictor = "auto"
@@ -153,7 +153,7 @@ class Config:
             ("store", get_args(StoreKind)),
             ("io", get_args(IO)),
             ("partition", get_args(Partition)),
-            ("policy", POLICIES),
+            ("policy", ("auto", *POLICIES)),
             ("backend", get_args(BackendName)),
             ("chunking", get_args(ChunkingName)),
             ("ablation", tuple(ABLATION)),
@@ -217,6 +217,15 @@ class Config:
     def step(self) -> Step:
         """What is on of the paper's techniques."""
         return ABLATION[self.ablation]
+
+    @property
+    def replacement(self) -> str:
+        """The policy's name."""
+        if self.step.static:
+            return "static"
+        if self.policy != "auto":
+            return self.policy
+        return "predicted" if self.ablation == "all" else "lru"
 
     @property
     def cuts(self) -> Chunking:

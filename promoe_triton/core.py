@@ -111,10 +111,11 @@ class Core:
 
     # What a layer tells.
 
-    def gate(self, layer: int, experts: Iterable[int], recent: Collection[int] | None = None) -> Needs:
+    def gate(self, layer: int, experts: Iterable[int], recent: Sequence[int] | None = None) -> Needs:
         """Layer `layer` needs these experts now: lease those that are resident, drop what was expected in vain.
 
-        recent: those of them that count as used (None: all); the others come last in the order of recency.
+        recent: those of them that count as used, in their order, as often as they were (None: all, once); the others
+            come last in the order of recency.
         """
         table = self.tables[layer]
         keys = [ExpertKey(layer, expert) for expert in experts]
@@ -134,9 +135,12 @@ class Core:
                 table.touch(key)
             if not self._reorder:
                 table.make_room(len(missing))
-        self._cold[layer] = {key for key in missing if recent is not None and key.expert not in recent}
+        self._cold[layer] = {*missing} if recent is not None else set()
+        needed = {key.expert: key for key in keys} if recent else {}
         for expert in recent or ():
-            table.touch(ExpertKey(layer, expert))
+            if expert in needed:
+                table.touch(needed[expert])
+                self._cold[layer].discard(needed[expert])
         if self._reorder and len(missing) > 1:
             # What is furthest on its way comes first: the order of computation is that of arrival.
             missing.sort(key=lambda key: -self._begun(key))

@@ -33,7 +33,7 @@ from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore, ResidentStore
 from promoe_triton.techniques import Step, Technique
 from promoe_triton.timeline import Timeline
-from promoe_triton.waves import RECENT, Waves, last_used
+from promoe_triton.waves import RECENT, Waves
 
 Popularity = Mapping[ExpertKey, float]
 
@@ -191,10 +191,10 @@ class LayerRuntime:
         tensors = [] if asked_E is None else [asked_E]
         is_prompt = ids_TA is not None and len(ids_TA) >= PROMPT
         if ids_TA is not None and is_prompt:
-            tensors.append(ids_TA[-RECENT:].flip(0).flatten())
+            tensors.append(ids_TA[-RECENT:].flatten())
         lists = self.model.read(tensors + (ahead.tensors if ahead else []))
         experts = call.experts if asked_E is None else [e for e, is_asked in enumerate(lists.pop(0)) if is_asked]
-        recent = last_used(lists.pop(0)) if is_prompt else None
+        recent = lists.pop(0) if is_prompt else None
         return _Known(experts=experts, recent=recent, named=lists)
 
     def _count(self, experts: Collection[int]) -> None:
@@ -273,7 +273,7 @@ class ModelRuntime:
         return make_core(self.config, self.budget.tables(self.store.specs, self._policy), link.cuts)
 
     def _policy(self) -> Policy:
-        return make_policy("static" if self.config.step.static else self.config.policy, self.popularity)
+        return make_policy(self.config.replacement, self.popularity)
 
     def watch(self, model: nn.Module, paths: Sequence[str]) -> None:
         """Copy ahead from now on what the predictor names, if there is one and experts rest in a store."""

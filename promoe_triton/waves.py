@@ -10,13 +10,8 @@ from promoe_triton.counters import Counters
 from promoe_triton.protocols import ExpertKey, Link, Part, Transfer
 from promoe_triton.techniques import Step, Technique
 
-RECENT = 16
+RECENT = 64
 """The last tokens of a prompt, whose experts are kept before those of its other tokens."""
-
-
-def last_used(experts: Iterable[int]) -> list[int]:
-    """Return the experts of a prompt's last tokens, given newest first; the last used comes last."""
-    return list(dict.fromkeys(experts))[::-1]
 
 
 class Served(Protocol):
@@ -76,7 +71,7 @@ class Waves:
     for when it is its turn; with whole layers, all experts are copied and only then computed (`Step`).
     """
 
-    def __init__(self, layer: Served, experts: Collection[int], recent: Collection[int] | None) -> None:
+    def __init__(self, layer: Served, experts: Collection[int], recent: Sequence[int] | None) -> None:
         step = layer.step
         self._layer, self._computed = layer, experts
         self._core, self._link = layer.core, layer.link
@@ -95,7 +90,7 @@ class Waves:
         layer.counters.hits += hits
         layer.counters.misses += len(self._computed) - hits
 
-    def _gate(self, experts: Collection[int], recent: Collection[int] | None) -> Needs:
+    def _gate(self, experts: Collection[int], recent: Sequence[int] | None) -> Needs:
         """Submit all that is missing at once, in the order it will be computed (early preemption)."""
         needs = self._core.gate(self._layer.index, experts, recent)
         if self._preempt:

@@ -170,9 +170,9 @@ class Driven(RuleBasedStateMachine):
 
     @rule(
         experts=st.lists(st.integers(0, EXPERTS - 1), unique=True),
-        recent=st.none() | st.sets(st.integers(0, EXPERTS - 1)),
+        recent=st.none() | st.lists(st.integers(0, EXPERTS)),
     )
-    def call(self, experts: list[int], recent: set[int] | None) -> None:
+    def call(self, experts: list[int], recent: list[int] | None) -> None:
         core = self.core
         self.layer = (self.layer + 1) % LAYERS
         table = core.tables[self.layer]
@@ -420,7 +420,7 @@ def test_an_lru_cache_that_is_scanned_finds_nothing_again() -> None:
 def test_what_a_prompt_used_before_its_end_leaves_first() -> None:
     core = make_core([4, 4, 4])
     fill(core, 0, [0, 1])
-    needs = core.gate(0, [0, 1, 2, 3], recent={1, 3})
+    needs = core.gate(0, [0, 1, 2, 3], recent=[1, 3])
     for key in needs.missing:
         core.ask(key, Part.WHOLE)
     while drive(core) is not None:
@@ -438,7 +438,7 @@ def test_what_a_prompt_left_unfinished_is_not_cold_the_next_time_it_is_needed() 
     core = make_core([3, 3, 3])
     core.predict(core.position_of(0, 0), [ExpertKey(0, 0)], 100 * PAGE)
     drive(core)
-    for recent in ({1}, None):  # the first call finds 0 on its way: nothing is admitted for it
+    for recent in ([1], None):  # the first call finds 0 on its way: nothing is admitted for it
         needs = core.gate(0, [0, 1], recent=recent)
         for key in needs.missing:
             core.ask(key, Part.WHOLE)

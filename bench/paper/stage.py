@@ -80,4 +80,4 @@ def scene(name: str, fitted: Fitted, count: int, tokens: int, software: Software
 
 
 def run(of: Scene, **choice: Any) -> Outcome:
-    return simulate(of, Choice(**{"chunking": "tensor", "prompt": 1} | choice), **PAPER_LINK)
+    return simulate(of, Choice(**{"chunking": "tensor", "policy": "lru", "prompt": 1} | choice), **PAPER_LINK)

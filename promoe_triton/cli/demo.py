@@ -15,7 +15,7 @@ import promoe_triton
 from promoe_triton.cli.generation import Generated, Sampling, check_text, encode, load_tokenizer, parse_slots, run
 from promoe_triton.cli.output import bytes_progress, print_json, print_pairs, working
 from promoe_triton.config import Config, format_size
-from promoe_triton.demo import MODEL
+from promoe_triton.demo import MODEL, PREDICTOR
 from promoe_triton.demo.cache import cache_folder, inflated, machine_memory
 from promoe_triton.demo.comparison import StockRun, stock_run
 from promoe_triton.demo.inflate import expert_bytes_for
@@ -59,7 +59,8 @@ def demo(
 
     Its greedy tokens are compared with those of stock transformers, which runs in a second process.
     """
-    config = Config(slots=parse_slots(slots), device="cpu", io=io)  # type: ignore[arg-type]  # Config checks io
+    predictor = PREDICTOR if model == MODEL else "auto"
+    config = Config(slots=parse_slots(slots), device="cpu", io=io, predictor=predictor)  # type: ignore[arg-type]  # Config checks io
     sampling = Sampling(temperature=temperature, seed=seed)
     check_text(prompt, "the prompt")
     if not prompt.strip():

@@ -20,7 +20,7 @@ from promoe_triton.simulation.routing import Pass
 from promoe_triton.simulation.shapes import ModelShape
 from promoe_triton.speculation import PROMPT, Place, Ranking, Speculation
 from promoe_triton.techniques import Step, Technique
-from promoe_triton.waves import RECENT, Waves, last_used
+from promoe_triton.waves import RECENT, Waves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +137,7 @@ class Simulator:
         )
         self.budget, self.shared = budget, budget.shared
         self.link = FakeLink(DryFiller(shape.cuts), wire, depth=config.depth, chunking=config.cuts)
-        policy = "static" if config.step.static else config.policy
-        tables = budget.tables(shape.specs(), lambda: make_policy(policy, self._popularity))
+        tables = budget.tables(shape.specs(), lambda: make_policy(config.replacement, self._popularity))
         self.core = make_core(config, tables, self.link.cuts)
         self.link.restart(self.core)
         self.counters = Counters(now=self.link.now)
@@ -205,7 +204,7 @@ class Simulator:
         self._speculation.routed(this.tokens, self.link.now(), self.counters.stall_seconds)
         recent = None
         if this.tokens >= PROMPT:
-            recent = last_used(this.ids[index][-RECENT:][::-1].ravel().tolist())
+            recent = this.ids[index][-RECENT:].ravel().tolist()
         waves = Waves(layer, rows.keys(), recent)
         later = self.layers[index + 1 : index + 1 + self.config.distance]
         self._speculate(

@@ -50,7 +50,7 @@ class Choice:
     bits: float = 16.0
     predictor: str = "stated"
     chunking: str = "adaptive"
-    policy: str = "lru"
+    policy: str = "auto"
     ablation: str = "all"
     distance: int = 2
 
