@@ -217,6 +217,27 @@ class TestModels:
                 outputs.append([model(**inputs).logits for _ in range(4)])
         assert all(torch.equal(logits, outputs[0][0]) for each in outputs for logits in each)
 
+    @pytest.mark.parametrize("slots", [None, 3], ids=["all", "few"])
+    def test_one_stream_and_then_another(self, slots: int | None) -> None:
+        """Nobody waits between two forwards, and the first stream is busy with other work."""
+        model = promoe_triton.patch(build("mixtral"), device="cuda", slots=slots, predictor="none")
+        calls = [given("mixtral", model, tokens) for tokens in (7, 1, 3)]
+        other = promoe_triton.patch(build("mixtral"), device="cuda", slots=slots, predictor="none")
+        with torch.no_grad():
+            want = [other(**inputs).logits for inputs in calls]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        busy = torch.randn(2048, 2048, device=DEVICE)
+        got: list[Tensor] = []
+        for _ in range(5):
+            for stream, inputs in zip(streams, calls, strict=True):
+                with torch.cuda.stream(stream), torch.no_grad():
+                    for _ in range(4):
+                        busy @ busy
+                    got.append(model(**inputs).logits)
+        torch.cuda.synchronize()
+        assert all(torch.equal(logits, want[i % 3]) for i, logits in enumerate(got))
+
     def test_moving_it_away_is_refused(self) -> None:
         model = promoe_triton.patch(build("mixtral"), device="cuda")
         with pytest.raises(PromoeError, match="cannot be moved to cpu"):
