@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import queue
 import random
 import re
@@ -24,15 +25,17 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import promoe_triton
 from promoe_triton import PromoeError, runtime
-from promoe_triton.links import choice, sources
+from promoe_triton.links import choice
 from promoe_triton.links.device import DeviceFiller
 from promoe_triton.links.sources import DiskSource, HostSource
-from promoe_triton.links.streams import CudaStreams, HostStreams, Lane, Order, Release
+from promoe_triton.links.streams import CudaStreams, HostStreams, Lane, Order
 from promoe_triton.memory import DeviceMemory, Slots
 from promoe_triton.prefetch import Prefetcher
 from promoe_triton.protocols import PAGE, Chunk, ExpertKey, ExpertSpec, Part, TensorSpec, Transfer
 from promoe_triton.runtime import LayerRuntime
+from promoe_triton.stores import registration
 from promoe_triton.stores.host import HostStore
+from promoe_triton.stores.registration import Release
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 NEW = 5
@@ -152,7 +155,7 @@ class DeviceStreams(HostStreams):
 
     def __init__(self, device: Device, can_pin: bool = True) -> None:
         self.current, self._can_pin = device, can_pin
-        self.pinned = 0
+        self.pinned: set[int] = set()
         self.traffic = Traffic()
 
     def mark(self) -> Any:
@@ -177,12 +180,15 @@ class DeviceStreams(HostStreams):
     def pin(self, address: int, nbytes: int) -> Release | None:
         assert not address % PAGE, "whole pages"
         assert not nbytes % PAGE, "whole pages"
-        if not self._can_pin:
+        pages = set(range(address, address + nbytes, PAGE))
+        # As the driver does, where a part of them is registered already.
+        if not self._can_pin or pages & self.pinned:
             return None
-        self.pinned += 1
+        self.pinned |= pages
 
         def release() -> None:
-            self.pinned -= 1
+            assert pages <= self.pinned, "registered still"
+            self.pinned -= pages
 
         return release
 
@@ -322,9 +328,35 @@ def test_memory_that_cannot_be_registered(
 
 def test_what_is_registered_is_given_back(streams: DeviceStreams) -> None:
     model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
-    assert streams.pinned > 0
+    assert streams.pinned
     promoe_triton.unpatch(model)
-    assert streams.pinned == 0
+    assert not streams.pinned
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["the-model-goes-first", "the-copy-goes-first"])
+def test_a_copy_shares_the_registration(
+    first: int, streams: DeviceStreams, want: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [promoe_triton.patch(build(), device="cpu", store="memory", slots=3)]
+    pinned = set(streams.pinned)
+    models.append(copy.deepcopy(models[0]))
+    assert not caplog.records, "nothing is copied on its way"
+    assert streams.pinned == pinned
+    promoe_triton.unpatch(models.pop(first))
+    assert streams.pinned == pinned
+    assert equal(logits(models[0]), want)
+    promoe_triton.unpatch(models.pop())
+    assert not streams.pinned
+
+
+def test_a_copy_that_is_dropped_gives_the_registration_back(streams: DeviceStreams) -> None:
+    model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+    twin = copy.deepcopy(model)
+    promoe_triton.unpatch(model)
+    assert streams.pinned
+    del twin
+    gc.collect()
+    assert not streams.pinned
 
 
 def test_an_interrupted_registration_is_taken_back(
@@ -338,10 +370,10 @@ def test_an_interrupted_registration_is_taken_back(
         return pin(address, nbytes)
 
     monkeypatch.setattr(streams, "pin", interrupted)
-    monkeypatch.setattr(sources, "_pages", lambda tensors: [range(PAGE), range(4 * PAGE, 5 * PAGE)])
+    monkeypatch.setattr(registration, "pages_of", lambda tensors: [range(PAGE), range(4 * PAGE, 5 * PAGE)])
     with pytest.raises(KeyboardInterrupt):
         promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
-    assert streams.pinned == 0
+    assert not streams.pinned
 
 
 @pytest.mark.parametrize(("depth", "chunk"), [(1, 4096), (2, 4096), (3, 8192)])

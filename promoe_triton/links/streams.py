@@ -6,13 +6,12 @@ Only `links/` makes streams. The computing thread's stream is whatever is curren
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Release = Callable[[], None]
+from promoe_triton.stores.registration import Release
 
 PORTABLE = 1
 """cudaHostRegisterPortable: registered for every GPU of the process, not only for the thread's current one."""
