@@ -27,7 +27,7 @@ import promoe_triton
 from promoe_triton import PromoeError, runtime
 from promoe_triton.links import choice
 from promoe_triton.links.device import DeviceFiller
-from promoe_triton.links.sources import DiskSource, HostSource
+from promoe_triton.links.sources import DiskSource, HostSource, Rings
 from promoe_triton.links.streams import CudaStreams, HostStreams, Lane, Order
 from promoe_triton.memory import DeviceMemory, Slots
 from promoe_triton.prefetch import Prefetcher
@@ -374,6 +374,46 @@ def test_an_interrupted_registration_is_taken_back(
     with pytest.raises(KeyboardInterrupt):
         promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
     assert not streams.pinned
+
+
+class TestRings:
+    def test_one_that_is_too_small_is_given_back_for_one_of_twice_its_size(self, device: Device) -> None:
+        streams = DeviceStreams(device)
+        rings, sizes = Rings(streams), []
+        for pages in range(1, 100):  # as chunks grow while a link is measured
+            room = rings.room(pages * PAGE)
+            room.slot(0)[: pages * PAGE].fill_(1)
+            sizes.append(room.slot_bytes)
+            assert len(streams.pinned) * PAGE == room.slot_bytes, "one ring at a time"
+        assert sorted(set(sizes)) == [PAGE << n for n in range(8)]
+        assert rings.room(PAGE).slot_bytes == sizes[-1], "it does not shrink"
+        rings.close()
+        assert not streams.pinned
+
+    def test_each_thread_has_its_own(self, device: Device) -> None:
+        streams = DeviceStreams(device)
+        rings, rooms = Rings(streams), []
+        thread = threading.Thread(target=lambda: rooms.append(rings.room(3 * PAGE)))
+        thread.start()
+        thread.join(BOUND)
+        rooms.append(rings.room(PAGE))
+        assert rooms[0] is not rooms[1]
+        assert len(streams.pinned) == 4
+        rings.close()
+        assert not streams.pinned
+
+    @pytest.mark.parametrize("chunking", ["adaptive", "fixed", "tensor", "expert"])
+    @pytest.mark.usefixtures("from_disk")
+    def test_an_expert_larger_than_the_ring(
+        self, chunking: Any, want: list[Tensor], streams: DeviceStreams, tmp_path: Path
+    ) -> None:
+        """Tensors of 3840 bytes follow upon chunks of other sizes; what is converted comes whole, and needs most."""
+        build().save_pretrained(tmp_path)
+        options: Any = {"device": "cpu", "slots": 3, "depth": 2, "chunk": 4096, "chunking": chunking}
+        model = promoe_triton.from_pretrained(str(tmp_path), store="checkpoint", io="direct", **options)
+        assert equal(logits(model), want)
+        promoe_triton.unpatch(model)
+        assert not streams.pinned
 
 
 @pytest.mark.parametrize(("depth", "chunk"), [(1, 4096), (2, 4096), (3, 8192)])

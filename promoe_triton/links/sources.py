@@ -60,28 +60,44 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+class Ring(NamedTuple):
+    """Memory for bytes on their way. release: undoes its registration, if it could be registered."""
+
+    memory: SlotMemory
+    release: Release | None
+
+
 class Rings:
     """Memory of every thread's own, for bytes on their way to the device."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._here = threading.local()
-        self._taken: list[tuple[SlotMemory, Release]] = []
+        self._taken: dict[int, Ring] = {}  # by thread; the memory must outlive its registration
 
     def room(self, nbytes: int) -> SlotMemory:
-        """Return the calling thread's memory, of at least so many bytes; what was in it before may be gone."""
+        """Return the calling thread's memory, of at least so many bytes; what was in it before may be gone.
+
+        Its last copy must be done.
+        """
         memory: SlotMemory | None = getattr(self._here, "memory", None)
         if memory is None or memory.slot_bytes < nbytes:
-            memory = self._here.memory = SlotMemory(1, nbytes)
+            # Chunks grow as the link is measured: twice as much each time, or every few would register memory anew.
+            grown = nbytes if memory is None else max(nbytes, 2 * memory.slot_bytes)
+            self._release(threading.get_ident())
+            memory = self._here.memory = SlotMemory(1, grown)
             release = self._streams.pin(memory.slot(0).data_ptr(), memory.slot_bytes)
-            if release is not None:
-                self._taken.append((memory, release))  # the memory must outlive its registration
+            self._taken[threading.get_ident()] = Ring(memory, release)
         return memory
 
+    def _release(self, thread: int) -> None:
+        ring = self._taken.pop(thread, None)
+        if ring is not None and ring.release is not None:
+            ring.release()
+
     def close(self) -> None:
-        while self._taken:
-            _, release = self._taken.pop()
-            release()
+        for thread in list(self._taken):
+            self._release(thread)
 
 
 class HostSource:
