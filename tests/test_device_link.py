@@ -376,6 +376,24 @@ def test_an_interrupted_registration_is_taken_back(
     assert not streams.pinned
 
 
+@pytest.mark.parametrize(
+    ("given", "bus", "disk"),
+    [
+        pytest.param({}, 1e-4, 4e-3, id="each-its-own"),
+        pytest.param({"latency": 2e-3}, 2e-3, 2e-3, id="as-given"),
+    ],
+)
+def test_each_kind_of_link_has_its_latency(
+    given: dict[str, Any], bus: float, disk: float, streams: DeviceStreams, tmp_path: Path
+) -> None:
+    def latency(model: Any) -> float:
+        return float(model._promoe_runtime.link._shared.chunking.latency)
+
+    build().save_pretrained(tmp_path)
+    assert latency(promoe_triton.patch(build(), device="cpu", store="memory", slots=3, **given)) == bus
+    assert latency(promoe_triton.from_pretrained(str(tmp_path), device="cpu", slots=3, **given)) == disk
+
+
 class TestRings:
     def test_one_that_is_too_small_is_given_back_for_one_of_twice_its_size(self, device: Device) -> None:
         streams = DeviceStreams(device)

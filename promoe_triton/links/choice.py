@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from promoe_triton.budget import Budget, free_memory
+from promoe_triton.chunking import BUS_LATENCY, DISK_LATENCY
 from promoe_triton.config import Config
 from promoe_triton.links.device import DeviceFiller
 from promoe_triton.links.filling import Filler, SlotFiller
@@ -24,7 +25,7 @@ def make_link(
     return ThreadedLink(
         _filler(config, device, streams, store, budget),
         depth=config.depth,
-        chunking=config.cuts,
+        chunking=config.cuts(DISK_LATENCY if isinstance(store, CheckpointStore) else BUS_LATENCY),
         timeout=config.io_timeout,
         limit=config.limit,
     )
