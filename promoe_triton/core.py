@@ -106,7 +106,8 @@ class Core:
         self._expected: list[dict[ExpertKey, int]] = [{} for _ in tables]
         # Copied ahead and not needed yet, with the bytes that were.
         self._unproven: dict[ExpertKey, int] = {}
-        self._cold: set[ExpertKey] = set()
+        # By layer: what its last gate needed, but will not soon need again.
+        self._cold: list[set[ExpertKey]] = [set() for _ in tables]
 
     # What a layer tells.
 
@@ -129,10 +130,9 @@ class Core:
                 resident.append(key)
                 continue
             missing.append(key)
-            if recent is not None and key.expert not in recent:
-                self._cold.add(key)
             if not self._reorder:
                 table.make_room(len(missing))
+        self._cold[layer] = {key for key in missing if recent is not None and key.expert not in recent}
         for expert in recent or ():
             if table.is_ready(key := ExpertKey(layer, expert)):
                 table.touch(key)
@@ -378,7 +378,7 @@ class Core:
         table = self.tables[key.layer]
         if table.slot_of(key) is not None:
             return False  # bytes of a copy that was dropped are still in flight
-        cold = key in self._cold
+        cold = key in self._cold[key.layer]
         if rank == URGENT:
             slot = table.admit(key, _Expected(self._expected), cold)
             if slot is None:
@@ -392,7 +392,6 @@ class Core:
             slot = table.admit(key, _Expected(self._expected, rank))
         if slot is None:
             return False
-        self._cold.discard(key)
         transfer.slot = slot
         return True
 

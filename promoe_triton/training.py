@@ -1,8 +1,8 @@
 """Training the learned predictor from a trace, in minutes on a CPU (paper, section on the learned predictor).
 
-For each layer and seam a correction of low rank is fitted, so that the logits of the layers in reach come near to what
-their routers then gave: least divergence between both softmaxes, by Adam. Documents, never tokens, are held out; what
-does not get better on those stays zero.
+For each layer and seam a correction of low rank is fitted (or the paper's network, to compare with), so that the logits
+of the layers in reach come near to what their routers then gave: least divergence between both softmaxes, by Adam.
+Documents, never tokens, are held out; a correction that does not get better on those stays zero.
 
 Letters: N tokens, H layers in reach, G rows of a router, D model dim, R rank.
 """
@@ -10,7 +10,7 @@ Letters: N tokens, H layers in reach, G rows of a router, D model dim, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from promoe_triton.errors import PromoeError
 from promoe_triton.predictors.gates import Gate, Gates
-from promoe_triton.predictors.learned import Correction, Source
+from promoe_triton.predictors.learned import Correction, Head, Network, Source
 from promoe_triton.predictors.reach import Reach, Target
 from promoe_triton.protocols import Seam
 from promoe_triton.traces import Document, Trace
@@ -26,10 +26,16 @@ from promoe_triton.traces import Document, Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How to train. distance: layers ahead; rank: R; patience: epochs without progress before it ends."""
+    """How to train.
 
+    network: the paper's network instead of a correction. distance: layers ahead. rank: R of a correction, width: of a
+    network. patience: epochs without progress before it ends.
+    """
+
+    network: bool = False
     distance: int = 4
     rank: int = 32
+    width: int = 1024
     epochs: int = 30
     patience: int = 3
     batch: int = 1024
@@ -99,10 +105,11 @@ def check_trace(trace: Trace, gates: Gates) -> None:
 
 def train(
     trace: Trace, gates: Gates, recipe: Recipe, step: Callable[[str], None] = lambda what: None
-) -> tuple[dict[Source, Correction], list[Score]]:
-    """Return the corrections of all sources, and how good they are. step: is told after each of the `sources`."""
+) -> tuple[dict[Source, Head], list[Score]]:
+    """Return what was learned for all sources, and how good it is. step: is told after each of the `sources`."""
     check_trace(trace, gates)
-    corrections, scores = {}, []
+    heads: dict[Source, Head] = {}
+    scores = []
     order = torch.randperm(trace.documents, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     held_out = {*order[: max(round(recipe.held_out * trace.documents), 1)]}
     for source, targets in sources(gates, recipe.distance).items():
@@ -111,11 +118,11 @@ def train(
         if examples is None or tests is None:
             step(f"layer {source[0]}: no {source[1].name.lower()} state in the trace")
             continue
-        corrections[source] = _fit(examples, tests, gates, targets, recipe)
-        found = _scores(tests, gates, source, targets, corrections[source])
+        heads[source] = _fit(examples, tests, gates, targets, recipe)
+        found = _scores(tests, gates, source, targets, heads[source])
         scores += found
         step(f"layer {source[0]}, {source[1].name.lower()}: {found[0].gate:.1%} to {found[0].learned:.1%}")
-    return corrections, scores
+    return heads, scores
 
 
 def _examples(
@@ -171,24 +178,27 @@ def _logits(gate: Gate, u_TD: Tensor) -> Tensor:
     return torch.addmm(gate.bias_G.float(), u_TD.float(), gate.weight_GD.float().T)
 
 
-def _fit(examples: _Examples, tests: _Examples, gates: Gates, targets: Sequence[Target], recipe: Recipe) -> Correction:
+def _fit(examples: _Examples, tests: _Examples, gates: Gates, targets: Sequence[Target], recipe: Recipe) -> Head:
     generator = torch.Generator().manual_seed(recipe.seed)
-    weight_DX, bias_X = _joined(gates, targets)
-    D, H = weight_DX.shape[0], len(targets)
-    code_DR = (torch.randn(D, recipe.rank, generator=generator) * D**-0.5).requires_grad_()
-    out_RX = torch.zeros(recipe.rank, weight_DX.shape[1], requires_grad=True)
+    joined = _joined(gates, targets)
+    D, H, R = joined[0].shape[0], len(targets), recipe.width if recipe.network else recipe.rank
+    head = _new(D, R, H, joined[0].shape[1] // H, recipe.network, generator)
+    parameters = [getattr(head, field.name).requires_grad_() for field in fields(head)]
 
     def loss(u_ND: Tensor, truth_NHG: Tensor) -> Tensor:
-        logits_NX = torch.addmm(bias_X, u_ND, weight_DX) + (u_ND @ code_DR) @ out_RX
-        found = F.log_softmax(logits_NX.view(len(u_ND), H, -1), -1)
+        found = F.log_softmax(_head_logits(head, joined, u_ND), -1)
         return F.kl_div(found, F.log_softmax(truth_NHG.float(), -1), log_target=True, reduction="sum") / len(u_ND)
 
-    def kept() -> tuple[Tensor, Tensor]:
-        return code_DR.detach().clone(), out_RX.detach().clone()
+    def kept() -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in parameters]
 
-    optimiser = torch.optim.Adam([code_DR, out_RX], lr=recipe.rate)
-    with torch.no_grad():
-        least, best, since = float(loss(tests.u_ND, tests.truth_NHG)), kept(), 0
+    @torch.no_grad()
+    def tested() -> float:
+        parts = zip(torch.split(tests.u_ND, PART), torch.split(tests.truth_NHG, PART), strict=True)
+        return sum(float(loss(*part)) * len(part[0]) for part in parts) / len(tests.u_ND)
+
+    optimiser = torch.optim.Adam(parameters, lr=recipe.rate)
+    least, best, since = tested(), kept(), 0
     for _ in range(recipe.epochs):
         shuffled_N = torch.randperm(len(examples.u_ND), generator=generator)
         for begin in range(0, len(shuffled_N), recipe.batch):
@@ -196,16 +206,41 @@ def _fit(examples: _Examples, tests: _Examples, gates: Gates, targets: Sequence[
             optimiser.zero_grad()
             loss(examples.u_ND[part_N], examples.truth_NHG[part_N]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-        with torch.no_grad():
-            now = float(loss(tests.u_ND, tests.truth_NHG))
+        now = tested()
         since += 1
         if now < least:
             least, best, since = now, kept(), 0
         if since >= recipe.patience:
             break
     dtype = _gate(gates, targets[0].layer).weight_GD.dtype
-    code, out = best
-    return Correction(code_DR=code.to(dtype), out_RHG=out.view(recipe.rank, H, -1).to(dtype))
+    names = [field.name for field in fields(head)]
+    return type(head)(**{name: tensor.to(dtype) for name, tensor in zip(names, best, strict=True)})
+
+
+PART = 16384
+"""Held-out tokens looked at together."""
+
+
+def _new(D: int, R: int, H: int, G: int, network: bool, generator: torch.Generator) -> Head:
+    """Return what to start from: a correction by nothing, or a network with random weights."""
+    into_DR = torch.randn(D, R, generator=generator) * D**-0.5
+    if not network:
+        return Correction(code_DR=into_DR, out_RHG=torch.zeros(R, H, G))
+    out_RHG = torch.randn(R, H, G, generator=generator) * R**-0.5
+    return Network(in_DR=into_DR, in_R=torch.zeros(R), out_RHG=out_RHG, out_HG=torch.zeros(H, G))
+
+
+def _head_logits(head: Head, gates: tuple[Tensor, Tensor], u_ND: Tensor) -> Tensor:
+    """Return the logits [N, H, G] of all targets. gates: their weights and biases, joined."""
+    _, H, G = head.out_RHG.shape
+    out_RX = head.out_RHG.flatten(1).float()
+    if isinstance(head, Network):
+        inner_NR = torch.addmm(head.in_R.float(), u_ND, head.in_DR.float()).relu()
+        logits_NX = torch.addmm(head.out_HG.flatten().float(), inner_NR, out_RX)
+    else:
+        weight_DX, bias_X = gates
+        logits_NX = torch.addmm(bias_X, u_ND, weight_DX) + (u_ND @ head.code_DR.float()) @ out_RX
+    return logits_NX.view(len(u_ND), H, G)
 
 
 def _joined(gates: Gates, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
@@ -215,13 +250,10 @@ def _joined(gates: Gates, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _scores(
-    tests: _Examples, gates: Gates, source: Source, targets: Sequence[Target], correction: Correction
-) -> list[Score]:
-    weight_DX, bias_X = _joined(gates, targets)
+def _scores(tests: _Examples, gates: Gates, source: Source, targets: Sequence[Target], head: Head) -> list[Score]:
+    weight_DX, bias_X = joined = _joined(gates, targets)
     plain_NHG = torch.addmm(bias_X, tests.u_ND, weight_DX).view(tests.truth_NHG.shape)
-    more_NX = (tests.u_ND @ correction.code_DR.float()) @ correction.out_RHG.float().flatten(1)
-    learned_NHG = plain_NHG + more_NX.view(plain_NHG.shape)
+    learned_NHG = _head_logits(head, joined, tests.u_ND)
 
     def accuracy(logits_NG: Tensor, place: int) -> float:
         gate = _gate(gates, targets[place].layer)

@@ -434,6 +434,24 @@ def test_what_a_prompt_used_before_its_end_leaves_first() -> None:
     assert left == [2, 0, 1], "loaded and not used at the end; used before; used at the end"
 
 
+def test_what_a_prompt_left_unfinished_is_not_cold_the_next_time_it_is_needed() -> None:
+    core = make_core([3, 3, 3])
+    core.predict(core.position_of(0, 0), [ExpertKey(0, 0)], 100 * PAGE)
+    drive(core)
+    for recent in ({1}, None):  # the first call finds 0 on its way: nothing is admitted for it
+        needs = core.gate(0, [0, 1], recent=recent)
+        for key in needs.missing:
+            core.ask(key, Part.WHOLE)
+        while drive(core) is not None:
+            pass
+        core.release([*needs.resident, *needs.missing])
+        if recent:
+            core.tables[0].drop(ExpertKey(0, 0))
+    fill(core, 0, [2])
+    fill(core, 0, [3])
+    assert {key.expert for key in core.tables[0].ready()} == {0, 2, 3}, "1, used first of them all, has left"
+
+
 def test_a_way_that_does_not_come_true_is_given_up_and_wins_trust_again() -> None:
     core = make_core([8, 8, 8])
 

@@ -18,7 +18,7 @@ import promoe_triton
 from promoe_triton.cli.commands import app
 from promoe_triton.errors import PromoeError
 from promoe_triton.predictors import GatePredictor, Gates, Reach, read_gates
-from promoe_triton.predictors.learned import Correction, Source, load_corrections, save_corrections
+from promoe_triton.predictors.learned import Correction, Source, load_heads, save_heads
 from promoe_triton.protocols import Observation, Prediction, Seam
 from promoe_triton.traces import Trace, TraceWriter, read_trace
 from promoe_triton.tracing import Tracer, experts_of
@@ -136,8 +136,8 @@ class TestFile:
     def test_what_is_loaded_is_what_was_saved(self, tmp_path: Path) -> None:
         gates = gates_of(build())
         want = drawn(gates)
-        save_corrections(tmp_path / "p.safetensors", want, gates, {})
-        got = load_corrections(tmp_path / "p.safetensors", gates)
+        save_heads(tmp_path / "p.safetensors", want, gates, {})
+        got = load_heads(tmp_path / "p.safetensors", gates)
         assert got.keys() == want.keys()
         for source in want:
             assert torch.equal(got[source].code_DR, want[source].code_DR)
@@ -145,7 +145,7 @@ class TestFile:
 
     def test_of_another_model(self, tmp_path: Path) -> None:
         gates = gates_of(build())
-        save_corrections(tmp_path / "p.safetensors", drawn(gates), gates, {})
+        save_heads(tmp_path / "p.safetensors", drawn(gates), gates, {})
         with pytest.raises(PromoeError, match="trained for another model"):
             promoe_triton.patch(build(seed=1), slots=4, store="spool", predictor=tmp_path / "p.safetensors")
 
@@ -155,7 +155,7 @@ class TestFile:
         if content == "tensors":
             save_file({"a": torch.zeros(2)}, file)
         else:
-            save_corrections(file, drawn(gates), gates, {})
+            save_heads(file, drawn(gates), gates, {})
             file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(PromoeError, match=r"p\.safetensors (cannot be read as a|is no) predictor"):
             promoe_triton.patch(build(), slots=4, store="spool", predictor=str(file))
@@ -168,8 +168,8 @@ class TestFile:
         """The model may be loaded as bf16 where it was traced in single precision, if that is what is in its file."""
         model = build().bfloat16()
         gates = gates_of(model)
-        save_corrections(tmp_path / "p.safetensors", drawn(gates), gates, {})
-        assert load_corrections(tmp_path / "p.safetensors", gates_of(model.float()))
+        save_heads(tmp_path / "p.safetensors", drawn(gates), gates, {})
+        assert load_heads(tmp_path / "p.safetensors", gates_of(model.float()))
 
 
 def record(model: Any, folder: Path, states: bool = True, documents: int = DOCUMENTS) -> Trace:
@@ -198,7 +198,7 @@ class TestTraining:
         assert {(0, "ENTERED"), (0, "ROUTED"), (len(gates.layers) - 1, "LEFT")} <= {(s.layer, s.seam) for s in scores}
         gate, learned = (sum(getattr(score, name) for score in scores) for name in ("gate", "learned"))
         assert learned > gate + 0.05 * len(scores), "random layers move the state, as they always do"
-        save_corrections(tmp_path / "p.safetensors", corrections, gates, {})
+        save_heads(tmp_path / "p.safetensors", corrections, gates, {})
         want = logits(build())
         patched = promoe_triton.patch(model, slots=4, store="spool", predictor=str(tmp_path / "p.safetensors"))
         assert torch.equal(logits(patched), want)
@@ -254,7 +254,7 @@ class TestTraining:
         done = CliRunner().invoke(app, [*arguments, "--epochs", "2", "--rank", "2", "--out", str(out), "--json"])
         assert done.exit_code == 0, done.output
         assert len(json.loads(done.stdout)["scores"]) == sum(map(len, sources(gates_of(build()), 1).values()))
-        assert load_corrections(out, gates_of(build()))
+        assert load_heads(out, gates_of(build()))
         bad = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "p.bin")])
         assert bad.exit_code == 2
         assert "must end in .safetensors" in " ".join(bad.output.split())

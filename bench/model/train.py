@@ -40,7 +40,7 @@ import transformers
 from fast_experts import register_fast_experts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EOS = "<|endoftext|>"
@@ -131,7 +131,30 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def model_config(vocab_size: int) -> Qwen3MoeConfig:
+def olmoe_config(vocab_size: int) -> OlmoeConfig:
+    """Another architecture to try predictors on: routing weights are not normalised, attention has no groups."""
+    return OlmoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        num_hidden_layers=10,
+        intermediate_size=48,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        num_experts=32,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+        rope_theta=10_000.0,
+        initializer_range=0.04,
+        router_aux_loss_coef=0.01,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def demo_config(vocab_size: int) -> Qwen3MoeConfig:
     """The architecture of the demo model."""
     return Qwen3MoeConfig(
         vocab_size=vocab_size,
@@ -158,6 +181,9 @@ def model_config(vocab_size: int) -> Qwen3MoeConfig:
     )
 
 
+CONFIGS = {"demo": demo_config, "olmoe": olmoe_config}
+
+
 def encode_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> Tensor:
     """Documents joined by the separator token -> int64[tokens]."""
     ids: list[int] = [0]
@@ -179,7 +205,7 @@ def windows(stream: Tensor, length: int, generator: torch.Generator) -> Iterator
 class Routing:
     """Collects each layer's router logits fp32[tokens, experts] and choices int64[tokens, top_k]."""
 
-    def __init__(self, model: Qwen3MoeForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.seen: list[tuple[Tensor, Tensor]] = []
         for layer in model.model.layers:
             layer.mlp.gate.register_forward_hook(lambda _m, _i, out: self.seen.append((out[0], out[2])))
@@ -195,14 +221,14 @@ class Routing:
         return torch.stack(losses).mean()
 
 
-def next_token_loss(model: Qwen3MoeForCausalLM, batch: Tensor) -> Tensor:
+def next_token_loss(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """Mean cross entropy (nats per token) of int64[rows, length + 1]."""
     hidden = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
     return F.cross_entropy(model.lm_head(hidden).flatten(0, 1), batch[:, 1:].flatten())
 
 
 @torch.no_grad()
-def held_out_loss(model: Qwen3MoeForCausalLM, routing: Routing, stream: Tensor, length: int) -> float:
+def held_out_loss(model: PreTrainedModel, routing: Routing, stream: Tensor, length: int) -> float:
     """Nats per token on 32 windows spread evenly over the held-out documentation."""
     starts = torch.linspace(0, len(stream) - length - 1, 32).long().tolist()
     batch = torch.stack([stream[i : i + length + 1] for i in starts])
@@ -227,6 +253,7 @@ def cpu_model() -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model (see the top of this file).")
+    parser.add_argument("--architecture", choices=CONFIGS, default="demo", help="another needs its own --out and so on")
     parser.add_argument("--docs", type=Path, default=Path("/usr/share/doc/python3.11/html/_sources"))
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
     parser.add_argument("--out", type=Path, default=ROOT / "promoe_triton/demo/model")
@@ -259,11 +286,9 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
 
 
-def export(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the bf16 checkpoint and the tokenizer for stock transformers."""
-    exported = Qwen3MoeForCausalLM(model_config(model.config.vocab_size)).to(torch.bfloat16)
-    exported.load_state_dict(model.state_dict())
-    exported.save_pretrained(out)
+    model.to(torch.bfloat16).eval().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only
     tokenizer.save_pretrained(out)
 
@@ -281,7 +306,7 @@ def held_out_text(documents: list[Document]) -> str:
 
 def train(
     args: argparse.Namespace,
-    model: Qwen3MoeForCausalLM,
+    model: PreTrainedModel,
     record: dict[str, Any],
     streams: dict[str, Tensor],
     held_out: Tensor,
@@ -356,7 +381,7 @@ def licence_text(docs: Path) -> str:
     return text.strip() + "\n"
 
 
-def save_checkpoint(model: Qwen3MoeForCausalLM, record: dict[str, Any], path: Path) -> None:
+def save_checkpoint(model: PreTrainedModel, record: dict[str, Any], path: Path) -> None:
     """Weights and record in one file, replaced atomically."""
     torch.save({"model": model.state_dict(), "record": json.dumps(record)}, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
@@ -373,9 +398,9 @@ def main() -> None:
     documents = read_documents(args.docs, args.stdlib)
     trained = [d for d in documents if not d.held_out]
     held_out_docs = [d for d in documents if d.source == "docs" and d.held_out]
-    config = model_config(args.vocab)
+    config = CONFIGS[args.architecture](args.vocab)
     config._experts_implementation = register_fast_experts()
-    model = Qwen3MoeForCausalLM(config).train()
+    model = AutoModelForCausalLM.from_config(config).train()
     if args.export_only:
         state = torch.load(checkpoint)
         model.load_state_dict(state["model"])

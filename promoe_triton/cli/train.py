@@ -15,7 +15,7 @@ from promoe_triton.cli.generation import TRUST
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress
 from promoe_triton.config import LEARNED, format_size
 from promoe_triton.predictors.gates import read_gates
-from promoe_triton.predictors.learned import save_corrections
+from promoe_triton.predictors.learned import save_heads
 from promoe_triton.traces import read_trace
 from promoe_triton.tracing import experts_of
 from promoe_triton.training import Recipe, check_trace, sources, train
@@ -30,7 +30,9 @@ def train_command(
         str | None, typer.Option(help="The model that was traced.", show_default="the name in the trace")
     ] = None,
     distance: Annotated[int, typer.Option(min=1, help="How many layers ahead.")] = RECIPE.distance,
+    network: Annotated[bool, typer.Option("--network", help="The paper's plain network, to compare with.")] = False,
     rank: Annotated[int, typer.Option(min=1, help="Rank of what is learned.")] = RECIPE.rank,
+    width: Annotated[int, typer.Option(min=1, help="Width of the plain network.")] = RECIPE.width,
     epochs: Annotated[int, typer.Option(min=1, help="At most so many.")] = RECIPE.epochs,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the start.")] = RECIPE.seed,
     trust: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
@@ -45,7 +47,7 @@ def train_command(
     if not out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} to write a predictor to")
     trace = read_trace(traces)
-    recipe = Recipe(distance=distance, rank=rank, epochs=epochs, seed=seed)
+    recipe = Recipe(network=network, distance=distance, rank=rank, width=width, epochs=epochs, seed=seed)
     # Routers and norms are all that is needed of it: as few slots as there can be, and nothing read into them.
     patched = promoe_triton.from_pretrained(
         model or trace.about["model"],
@@ -58,9 +60,9 @@ def train_command(
     gates = read_gates(patched, experts_of(patched))
     check_trace(trace, gates)
     with steps_progress("Training", len(sources(gates, distance))) as step:
-        corrections, scores = train(trace, gates, recipe, step)
+        heads, scores = train(trace, gates, recipe, step)
     report = {"trace": dict(trace.about), "recipe": asdict(recipe), "scores": [asdict(score) for score in scores]}
-    save_corrections(out, corrections, gates, report)
+    save_heads(out, heads, gates, report)
     if as_json:
         print_json(report)
         return

@@ -13,7 +13,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.predictors.bounds import RandomPredictor
 from promoe_triton.predictors.gate import GatePredictor
 from promoe_triton.predictors.gates import read_gates
-from promoe_triton.predictors.learned import load_corrections
+from promoe_triton.predictors.learned import load_heads
 from promoe_triton.predictors.reach import Reach, RoutedLayers, find_layers
 from promoe_triton.predictors.tables import HistoryPredictor, TokenPredictor
 from promoe_triton.protocols import Predictor
@@ -46,7 +46,7 @@ def make_predictor(name: str, model: nn.Module, experts: Mapping[str, int], reac
     for path, why in gates.refused.items():
         logger.info("no gate prediction for %s: %s", path, why)
     if any(gate is not None for gate in gates.layers):
-        learned = load_corrections(Path(name), gates) if name.endswith(LEARNED) else None
+        learned = load_heads(Path(name), gates) if name.endswith(LEARNED) else None
         return GatePredictor(gates, reach, learned)
     if name == "auto":
         return HistoryPredictor(layers, reach)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from promoe_triton.predictors.gates import Gate, Gates, TokenRoutes
-from promoe_triton.predictors.learned import Correction, Corrections
+from promoe_triton.predictors.learned import Correction, Head, Heads
 from promoe_triton.predictors.norms import Norm, Standard
 from promoe_triton.predictors.reach import Reach, Target
 from promoe_triton.predictors.scoring import Rule, over_tokens
@@ -38,12 +38,12 @@ class GatePredictor:
     The first observation of each layer is compared with what its router chose; a layer that differs is reported
     once, by name, and neither looked ahead from nor predicted. That comparison waits for the host, nothing else
     does. Scores are the router's own, summed over tokens.
-    corrections: what is added to the logits, where it was learned (see `learned`).
+    heads: what was learned beside the gates, or in place of them (see `learned`).
     """
 
-    def __init__(self, gates: Gates, reach: Reach, corrections: Corrections | None = None) -> None:
+    def __init__(self, gates: Gates, reach: Reach, heads: Heads | None = None) -> None:
         self._gates = list(gates.layers)
-        self._corrections = corrections or {}
+        self._heads = heads or {}
         self._reach = reach
         self._layers_after = {
             (layer, seam): tuple(reach.targets(gates.stacks, layer, seam))
@@ -81,10 +81,7 @@ class GatePredictor:
 
     def _look(self, run: _Run, u_TD: Tensor) -> list[Prediction]:
         """Ask the routers of a run of layers in one product."""
-        u_TD = u_TD.to(run.weight_DG.dtype)
-        logits_TG = torch.addmm(run.bias_G, u_TD, run.weight_DG)
-        if run.code_DR is not None and run.out_RG is not None:
-            logits_TG.addmm_(u_TD @ run.code_DR, run.out_RG)
+        logits_TG = run.logits(u_TD.to(run.weight_DG.dtype))
         scores_TNG = run.rule.scores(logits_TG.view(len(u_TD), len(run.targets), -1), run.correction_NG)
         scores_NE = over_tokens(scores_TNG)[:, : run.experts]
         best_NK, ids_NK = scores_NE.topk(self._reach.named(run.experts, run.rule.active, len(u_TD)))
@@ -114,10 +111,10 @@ class GatePredictor:
             source = self._gates[seen.layer]
             assert source is not None
             runs = _runs(self._banks, self._gates, source.norm, self._layers_after[key])
-            correction = self._corrections.get(key)
-            if correction is not None:
+            head = self._heads.get(key)
+            if head is not None:
                 order = [target.layer for target in self._layers_after[key]]
-                runs = [_corrected(run, correction.like(run.weight_DG), order) for run in runs]
+                runs = [part for run in runs for part in _learned(run, head.like(run.weight_DG), order)]
             self._plans[key] = tuple(runs)
         return self._plans[key]
 
@@ -166,7 +163,7 @@ class _Bank:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Run:
-    """Consecutive layers of a bank, as one product; code_DR and out_RG: of a correction, if there is one."""
+    """Consecutive layers of a bank, as one product: of their gates, corrected, or of a network in place of them."""
 
     targets: tuple[Target, ...]
     experts: int
@@ -174,16 +171,52 @@ class _Run:
     weight_DG: Tensor
     bias_G: Tensor
     correction_NG: Tensor | None
-    code_DR: Tensor | None = None
-    out_RG: Tensor | None = None
+    correction: tuple[Tensor, Tensor] | None = None
+    network: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def logits(self, u_TD: Tensor) -> Tensor:
+        """Return the logits of all its layers, [T, N G]."""
+        if self.network is not None:
+            in_DR, in_R, out_RG, out_G = self.network
+            return torch.addmm(out_G, torch.addmm(in_R, u_TD, in_DR).relu_(), out_RG)
+        logits_TG = torch.addmm(self.bias_G, u_TD, self.weight_DG)
+        if self.correction is not None:
+            code_DR, out_RG = self.correction
+            logits_TG.addmm_(u_TD @ code_DR, out_RG)
+        return logits_TG
+
+    def part(self, begin: int, end: int) -> _Run:
+        """Return some of its layers, of the gates alone."""
+        G = len(self.bias_G) // len(self.targets)
+        return replace(
+            self,
+            targets=self.targets[begin:end],
+            weight_DG=self.weight_DG[:, begin * G : end * G],
+            bias_G=self.bias_G[begin * G : end * G],
+            correction_NG=None if self.correction_NG is None else self.correction_NG[begin:end],
+        )
 
 
-def _corrected(run: _Run, correction: Correction, order: Sequence[int]) -> _Run:
-    """Return a run with its part of a correction. order: the layers in reach, as the correction has them."""
+def _learned(run: _Run, head: Head, order: Sequence[int]) -> list[_Run]:
+    """Return a run with its part of what was learned. order: the layers in reach, as the head has them."""
     places = [order.index(target.layer) for target in run.targets]
+    if isinstance(head, Correction):
+        return [_corrected(run, head, places)]
+    known = sum(place < head.reach for place in places)
+    found = []
+    if known:
+        mine = places[:known]
+        network = (head.in_DR, head.in_R, head.out_RHG[:, mine].flatten(1), head.out_HG[mine].flatten())
+        found.append(replace(run.part(0, known), network=network))
+    if known < len(places):
+        found.append(run.part(known, len(places)))
+    return found
+
+
+def _corrected(run: _Run, correction: Correction, places: Sequence[int]) -> _Run:
     nothing_RG = torch.zeros_like(correction.out_RHG[:, 0])
     parts = [correction.out_RHG[:, i] if i < correction.reach else nothing_RG for i in places]
-    return replace(run, code_DR=correction.code_DR, out_RG=torch.cat(parts, 1))
+    return replace(run, correction=(correction.code_DR, torch.cat(parts, 1)))
 
 
 def _banks(gates: Gates) -> list[_Bank]:

@@ -6,8 +6,9 @@ unlike that of the training, so what is learned is only a correction to its logi
 learned it is zero, and the gate is what is left.
 
     logits = u W + b + (u C) O         u the standardised state [T, D], W and b the gates of the layers in reach
+    logits = relu(u C + c) O + o       the paper's network, to compare with
 
-Letters: D model dim, R rank of the correction, H layers in reach of a seam, G rows of a router.
+Letters: D model dim, R rank of the correction or width of the network, H layers in reach of a seam, G rows of a router.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -50,7 +51,35 @@ class Correction:
         return Correction(code_DR=self.code_DR.to(matrix), out_RHG=self.out_RHG.to(matrix))
 
 
-Corrections = Mapping[Source, Correction]
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Network:
+    """One hidden layer in place of the gates in reach of one source: relu(u in_DR + in_R) out_RHG + out_HG."""
+
+    in_DR: Tensor
+    in_R: Tensor
+    out_RHG: Tensor
+    out_HG: Tensor
+
+    @property
+    def reach(self) -> int:
+        """Return H, of how many layers it speaks; those beyond are asked by their gates."""
+        return int(self.out_HG.shape[0])
+
+    def like(self, matrix: Tensor) -> Network:
+        """Return this network where `matrix` is, in its dtype."""
+        return Network(**{field.name: getattr(self, field.name).to(matrix) for field in fields(self)})
+
+
+Head = Correction | Network
+"""What was learned for one source."""
+
+Heads = Mapping[Source, Head]
+
+_NAMES: dict[type[Head], dict[str, str]] = {
+    Correction: {"code": "code_DR", "out": "out_RHG"},
+    Network: {"in": "in_DR", "in_bias": "in_R", "out": "out_RHG", "out_bias": "out_HG"},
+}
+"""What the tensors of a head are called in a file."""
 
 
 def fingerprint(gates: Gates) -> str:
@@ -64,19 +93,19 @@ def fingerprint(gates: Gates) -> str:
     return digest.hexdigest()
 
 
-def save_corrections(path: Path, corrections: Corrections, gates: Gates, report: Mapping[str, object]) -> None:
+def save_heads(path: Path, heads: Heads, gates: Gates, report: Mapping[str, object]) -> None:
     """Write a predictor for the model whose gates these are. report: how it was made, for people."""
     tensors = {}
-    for (layer, seam), correction in corrections.items():
-        tensors[f"{layer}.{seam.name}.code"] = correction.code_DR.contiguous()
-        tensors[f"{layer}.{seam.name}.out"] = correction.out_RHG.contiguous()
+    for (layer, seam), head in heads.items():
+        for name, field in _NAMES[type(head)].items():
+            tensors[f"{layer}.{seam.name}.{name}"] = getattr(head, field).contiguous()
     about = {"format": FORMAT, "gates": fingerprint(gates), "report": json.dumps(report)}
     partial = path.with_name(f"{path.name}.part")
     save_file(tensors, partial, metadata=about)
     partial.replace(path)
 
 
-def load_corrections(path: Path, gates: Gates) -> dict[Source, Correction]:
+def load_heads(path: Path, gates: Gates) -> dict[Source, Head]:
     """Read a predictor. Raises PromoeError where the file is none, or one of another model."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -88,10 +117,13 @@ def load_corrections(path: Path, gates: Gates) -> dict[Source, Correction]:
         raise PromoeError(f"{path} is no predictor of this version (promoe-triton train writes one)")
     if about.get("gates") != fingerprint(gates):
         raise PromoeError(f"{path} was trained for another model: its routers have other weights")
-    corrections = {}
-    for name in tensors:
-        layer, seam, kind = name.split(".")
-        if kind == "code":
-            source = int(layer), Seam[seam]
-            corrections[source] = Correction(code_DR=tensors[name], out_RHG=tensors[f"{layer}.{seam}.out"])
-    return corrections
+    parts: dict[Source, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        layer, seam, name = full.split(".")
+        parts.setdefault((int(layer), Seam[seam]), {})[name] = tensor
+    return {source: _head(found) for source, found in parts.items()}
+
+
+def _head(parts: Mapping[str, Tensor]) -> Head:
+    kind = Network if "in" in parts else Correction
+    return kind(**{field: parts[name] for name, field in _NAMES[kind].items()})
