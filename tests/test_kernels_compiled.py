@@ -176,13 +176,18 @@ def test_single_precision_is_excused_with_its_reason() -> None:
     assert judge(facts("gfx942", dtype="fp32", counts={"mfma": 0, "load 16": 16})).broken, "AMD's have such products"
 
 
-def test_weights_of_8_bits_are_excused_where_wgmma_takes_them_from_registers() -> None:
-    narrow = {"cp.async": 36, "cp.async 16": 4}
-    verdict = judge(facts("sm_90", weights="i8", BLOCK_M=16, BLOCK_N=64, counts=narrow))
+def test_weights_of_8_bits_are_excused_from_speed_alone() -> None:
+    slow: Any = {"counts": {"cp.async": 36, "cp.async 16": 4}, "spills": 24}
+    verdict = judge(facts("sm_80", weights="i8", **slow))
     assert verdict.broken == {}
-    assert "8 bits" in verdict.excused["pipeline"]
-    assert list(judge(facts("sm_80", weights="i8", BLOCK_M=16, BLOCK_N=64, counts=narrow)).broken) == ["pipeline"]
-    assert list(judge(facts("sm_90", weights="i8", counts=narrow)).broken) == ["pipeline"]
+    assert set(verdict.excused) == {"pipeline", "spills"}
+    assert set(judge(facts("sm_80", **slow)).broken) == {"pipeline", "spills"}
+    others = facts("sm_80", spills=24)
+    without = tuple(pair for pair in others.request.signature if pair[0] != "w_ptr")
+    schedule = dataclasses.replace(others.request, kernel="somewhere:begin_kernel", signature=without)
+    assert list(judge(dataclasses.replace(others, request=schedule)).broken) == ["spills"], "it has no weights"
+    assert list(judge(facts("sm_80", weights="i8", shared=200_000)).broken) == ["fits"]
+    assert list(judge(facts("sm_90", weights="i8", BLOCK_M=16, counts={"wgmma": 0})).broken) == ["tensor cores"]
 
 
 def test_ranks_and_scales_are_compiled() -> None:
