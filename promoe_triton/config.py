@@ -92,7 +92,8 @@ class Config:
         see how a slower disk or bus would do; None: what there is.
     partition: ``"layer"`` gives each layer its own equal share of the slots, ``"global"`` lets layers compete;
         ``"auto"`` is per layer unless there are fewer slots than layers.
-    policy: which expert leaves when a slot is needed: ``"lru"``, ``"lfru"`` or ``"static"``.
+    policy: which expert leaves when a slot is needed: ``"lru"``, ``"lfru"``, ``"predicted"`` (uses
+        and predictions, both fading) or ``"static"``.
     profile: a popularity profile (`save_profile`) that says which experts are loaded at the start and that
         ``"static"`` ranks by.
     warm: fill the slots when the model is patched, so that the first prompt finds them full.

@@ -130,12 +130,13 @@ class Core:
                 resident.append(key)
                 continue
             missing.append(key)
+            if recent is None:
+                table.touch(key)
             if not self._reorder:
                 table.make_room(len(missing))
         self._cold[layer] = {key for key in missing if recent is not None and key.expert not in recent}
         for expert in recent or ():
-            if table.is_ready(key := ExpertKey(layer, expert)):
-                table.touch(key)
+            table.touch(ExpertKey(layer, expert))
         if self._reorder and len(missing) > 1:
             # What is furthest on its way comes first: the order of computation is that of arrival.
             missing.sort(key=lambda key: -self._begun(key))
@@ -196,40 +197,39 @@ class Core:
     def predict(self, position: int, ranked: Sequence[ExpertKey], nbytes: float, way: Hashable = None) -> None:
         """Speculate that these experts of a layer, most likely first, will be needed at `position`.
 
-        Only those that are worth it by what became of earlier guesses that came this `way`. Resident ones count as
-        used, so that they stay. Of the others so many are queued that all but the last fit into `nbytes`.
+        Only those that are worth it by what became of earlier guesses that came this `way`. They count as expected, so
+        that resident ones stay. Of the others so many are queued that all but the last fit into `nbytes`.
         """
         if not ranked:
             return
         layer = ranked[0].layer
         table, worthy = self.tables[layer], self.admission.worthy(way, layer)
         ready, expected = table.ready(), self._expected[layer]
-        guesses, resident = [], []
+        guesses, named = [], []
         for key, place in zip(ranked, places(len(ranked)), strict=True):
             is_ready = key in ready
             if not is_ready or key in self._unproven:
                 guesses.append((key.expert, place))
             if not worthy[place]:
                 continue
-            if is_ready:
-                resident.append(key)
-            elif (known := self._on_way.get(key)) is not None:
-                self.queue.promote(known, position)
-            elif nbytes > 0 and len(table) > 1:
-                transfer = Transfer(key=key, part=Part.WHOLE)
-                cuts = self._cuts(transfer)
-                nbytes -= cuts.ends[-1]
-                self._push(transfer, cuts, position)
-                if key in self._unproven:
-                    self._note_gone(key)
-                self._unproven[key] = 0
-                self._tallies[layer].issued += 1
-            else:
-                continue
+            named.append(key)
+            if not is_ready:
+                if (known := self._on_way.get(key)) is not None:
+                    self.queue.promote(known, position)
+                elif nbytes > 0 and len(table) > 1:
+                    transfer = Transfer(key=key, part=Part.WHOLE)
+                    cuts = self._cuts(transfer)
+                    nbytes -= cuts.ends[-1]
+                    self._push(transfer, cuts, position)
+                    if key in self._unproven:
+                        self._note_gone(key)
+                    self._unproven[key] = 0
+                    self._tallies[layer].issued += 1
+                else:
+                    continue
             if expected.setdefault(key, position) > position:
                 expected[key] = position
-        for key in reversed(resident):
-            table.touch(key)
+        table.expect(reversed(named))
         if guesses:
             self.admission.guessed(way, layer, guesses)
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 
 from promoe_triton.protocols import ExpertKey, Policy
 
-POLICIES = ("lru", "lfru", "static")
+POLICIES = ("lru", "lfru", "predicted", "static")
 
 
 def make_policy(name: str, popularity: Mapping[ExpertKey, float]) -> Policy:
@@ -17,6 +17,8 @@ def make_policy(name: str, popularity: Mapping[ExpertKey, float]) -> Policy:
             return LRU()
         case "lfru":
             return LFRU()
+        case "predicted":
+            return Predicted()
         case "static":
             return Static(popularity)
     raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {name!r}")
@@ -34,7 +36,10 @@ class LRU:
             self._order.move_to_end(key, last=False)
 
     def used(self, key: ExpertKey) -> None:
-        self._order.move_to_end(key)
+        if key in self._order:
+            self._order.move_to_end(key)
+
+    expected = used
 
     def evicted(self, key: ExpertKey) -> None:
         del self._order[key]
@@ -69,7 +74,10 @@ class LFRU:
             self._uses[key] = 0
 
     def used(self, key: ExpertKey) -> None:
-        self._touch(key)
+        if key in self._uses:
+            self._touch(key)
+
+    expected = used
 
     def evicted(self, key: ExpertKey) -> None:
         del self._uses[key], self._last[key]
@@ -78,6 +86,57 @@ class LFRU:
         return min(
             (key for key in self._uses if key not in kept),
             key=lambda key: (self._uses[key] / (self._now - self._last[key] + 1), key),
+            default=None,
+        )
+
+
+class Predicted:
+    """The expert leaves that was used and predicted least, both fading: the one least likely to be used again.
+
+    A frequency that halves with time holds more than recency does (LRFU, Lee et al. 2001), and here it also knows of
+    experts that are in no slot. An expert that a predictor named, and the layer then did not choose, came near to it:
+    it counts too, for less.
+    """
+
+    HALF_LIFE = 8.0
+    """Uses of an average expert until what was counted before counts half."""
+
+    NEARLY = 0.2
+    """What being named by a predictor counts, where being used counts 1."""
+
+    def __init__(self) -> None:
+        # What counts grows instead of what was counted shrinking: no event touches more than one expert.
+        self._one = 1.0
+        self._counts: dict[ExpertKey, float] = {}
+        self._inside: dict[ExpertKey, bool] = {}
+
+    def admitted(self, key: ExpertKey, cold: bool = False) -> None:
+        self._inside[key] = cold
+
+    def used(self, key: ExpertKey) -> None:
+        self._count(key, self._one)
+        if key in self._inside:
+            self._inside[key] = False
+        self._one *= 2.0 ** (1.0 / (self.HALF_LIFE * len(self._counts)))
+        if self._one > 1e100:
+            self._counts = {key: count / self._one for key, count in self._counts.items()}
+            self._one = 1.0
+
+    def expected(self, key: ExpertKey) -> None:
+        self._count(key, self.NEARLY * self._one)
+
+    def _count(self, key: ExpertKey, what: float) -> None:
+        self._counts[key] = self._counts.get(key, 0.0) + what
+
+    def evicted(self, key: ExpertKey) -> None:
+        del self._inside[key]
+
+    def victim(self, kept: Container[ExpertKey]) -> ExpertKey | None:
+        # min() takes the first of equals, and the order is that of admission: first in, first out.
+        counts = self._counts
+        return min(
+            (key for key in self._inside if key not in kept),
+            key=lambda key: -1.0 if self._inside[key] else counts.get(key, 0.0),
             default=None,
         )
 
@@ -97,6 +156,8 @@ class Static:
 
     def used(self, key: ExpertKey) -> None:
         pass
+
+    expected = used
 
     def evicted(self, key: ExpertKey) -> None:
         del self._order[key]

@@ -271,7 +271,11 @@ class Policy(Protocol):
         ...
 
     def used(self, key: ExpertKey) -> None:
-        """`key`, which is in a slot, was asked for by the layer."""
+        """`key` was asked for by the layer, whether it is in a slot or not."""
+        ...
+
+    def expected(self, key: ExpertKey) -> None:
+        """`key` was named by a predictor that is worth it, whether it is in a slot or not."""
         ...
 
     def evicted(self, key: ExpertKey) -> None:

@@ -81,10 +81,13 @@ class SlotTable:
             self._leases[key] = count - 1
 
     def touch(self, key: ExpertKey) -> None:
-        """Count a ready expert as used, without a lease."""
-        if key not in self._ready:
-            raise ValueError(f"{key} is not ready and cannot be touched")
+        """Count an expert as used, in a slot or not, without a lease."""
         self._policy.used(key)
+
+    def expect(self, keys: Iterable[ExpertKey]) -> None:
+        """Count experts as predicted, in slots or not."""
+        for key in keys:
+            self._policy.expected(key)
 
     def admit(self, key: ExpertKey, kept: Container[ExpertKey] = (), cold: bool = False) -> int | None:
         """Take a slot for an absent expert and lease it; None where all others are leased or `kept`.

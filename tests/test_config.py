@@ -88,7 +88,7 @@ def test_bad_slots(slots: Any, error: type[Exception], message: str) -> None:
         pytest.param({"io": "mmap"}, ValueError, "io must be one of auto, buffered, direct", id="io"),
         pytest.param({"io": None}, ValueError, "got None", id="io-none"),
         pytest.param({"partition": "none"}, ValueError, "partition must be one of auto, layer, global", id="partition"),
-        pytest.param({"policy": "fifo"}, ValueError, "policy must be one of lru, lfru, static", id="policy"),
+        pytest.param({"policy": "fifo"}, ValueError, "policy must be one of lru, lfru, predicted, static", id="policy"),
         pytest.param({"backend": "cuda"}, ValueError, "backend must be one of auto, torch", id="backend"),
         pytest.param({"depth": 0}, ValueError, "depth must be at least 1, got 0", id="depth-0"),
         pytest.param({"chunk": 0}, ValueError, "multiple of 4096", id="chunk-0"),

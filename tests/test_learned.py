@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import promoe_triton
 from promoe_triton.cli.commands import app
 from promoe_triton.errors import PromoeError
 from promoe_triton.predictors import GatePredictor, Gates, Reach, read_gates
-from promoe_triton.predictors.learned import Correction, Source, load_heads, save_heads
+from promoe_triton.predictors.learned import Correction, Network, Source, load_heads, save_heads
 from promoe_triton.protocols import Observation, Prediction, Seam
 from promoe_triton.traces import Trace, TraceWriter, read_trace
 from promoe_triton.tracing import Tracer, experts_of
@@ -202,6 +203,39 @@ class TestTraining:
         want = logits(build())
         patched = promoe_triton.patch(model, slots=4, store="spool", predictor=str(tmp_path / "p.safetensors"))
         assert torch.equal(logits(patched), want)
+
+    def test_the_papers_network(self, tmp_path: Path) -> None:
+        model = build()
+        gates, trace = gates_of(model), record(model, tmp_path / "t")
+        recipe = Recipe(network=True, distance=2, width=32, epochs=30, rate=0.01, batch=64)
+        heads, scores = train(trace, gates, recipe)
+        assert sum(score.learned for score in scores) / len(scores) > 1.5 * 2 / 16, "better than chance"
+        save_heads(tmp_path / "p.safetensors", heads, gates, {})
+        found = load_heads(tmp_path / "p.safetensors", gates)
+        assert found.keys() == heads.keys()
+        for source, head in heads.items():
+            assert isinstance(head, Network)
+            assert all(torch.equal(getattr(found[source], f.name), getattr(head, f.name)) for f in fields(head))
+        for distance in (1, 2, 3):
+            predictor = GatePredictor(gates, Reach(distance=distance), found)
+            plain = GatePredictor(gates, Reach(distance=distance))
+            for seen in observations(model):
+                source: Any = gates.layers[seen.layer]
+                assert seen.state_TD is not None
+                state_TD = seen.state_TD
+                u_TD = source.norm.undo(state_TD) if seen.seam is Seam.ROUTED else source.norm.standardise(state_TD)
+                targets, mine = sources(gates, 2).get((seen.layer, seen.seam), []), said(predictor, seen)
+                for to, prediction in said(plain, seen).items():
+                    place = next((i for i, target in enumerate(targets) if (target.layer, target.steps) == to), None)
+                    if place is None:
+                        assert torch.equal(mine[to].expert_ids, prediction.expert_ids), "beyond it the gates are asked"
+                        continue
+                    network: Any = found[seen.layer, seen.seam]
+                    inner = (u_TD @ network.in_DR + network.in_R).relu()
+                    gate: Any = gates.layers[to[0]]
+                    logits_TG = inner @ network.out_RHG[:, place] + network.out_HG[place]
+                    scores_E = gate.rule.scores(logits_TG, gate.correction_G)[0]
+                    torch.testing.assert_close(mine[to].scores, scores_E.topk(len(mine[to].scores)).values)
 
     def test_the_same_seed_gives_the_same(self, tmp_path: Path) -> None:
         model = build()

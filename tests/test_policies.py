@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promoe_triton.policies import LFRU, LRU, POLICIES, Static, make_policy
+from promoe_triton.policies import LFRU, LRU, POLICIES, Predicted, Static, make_policy
 from promoe_triton.protocols import ExpertKey, Policy
 
 A, B, C, D = (ExpertKey(0, expert) for expert in range(4))
@@ -76,6 +76,57 @@ def test_static(events: str, victim: ExpertKey | None) -> None:
     assert play(Static(popularity), events).victim(set()) == victim
 
 
+def test_what_was_counted_of_an_expert_outlives_its_slot() -> None:
+    policy = Predicted()
+    for key in (A, B, C):
+        policy.used(key)
+        policy.admitted(key)
+    policy.used(A)
+    policy.evicted(A)
+    policy.used(B)
+    policy.admitted(A)
+    assert policy.victim(set()) == C
+    assert policy.victim({C}) == A, "both were used twice, B later"
+
+
+def test_predictions_count_for_less_than_uses() -> None:
+    policy = Predicted()
+    for key in (A, B, C):
+        policy.admitted(key)
+    policy.used(C)
+    policy.expected(B)
+    assert [policy.victim(set()), policy.victim({A}), policy.victim({A, B})] == [A, B, C]
+    for _ in range(5):
+        policy.expected(B)
+    assert policy.victim({A}) == C
+
+
+def test_what_is_cold_leaves_first_until_it_is_used() -> None:
+    policy = Predicted()
+    for key in (A, B):
+        policy.used(key)
+        policy.used(key)
+    policy.admitted(A)
+    policy.admitted(B, cold=True)
+    policy.expected(B)
+    assert policy.victim(set()) == B
+    policy.used(B)
+    assert policy.victim(set()) == A
+
+
+def test_counts_stay_finite() -> None:
+    policy = Predicted()
+    policy.admitted(A)
+    for _ in range(20_000):
+        policy.used(A)
+    policy.admitted(B)
+    policy.used(B)
+    assert policy.victim(set()) == B
+    for _ in range(60):
+        policy.used(B)
+    assert policy.victim(set()) == A
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_kept_stay(name: str) -> None:
     policy = play(make_policy(name, {A: 1.0, B: 2.0, C: 3.0}), "a b c")
@@ -112,5 +163,5 @@ def test_each_call_makes_a_fresh_policy(name: str) -> None:
 
 
 def test_unknown_policy() -> None:
-    with pytest.raises(ValueError, match=r"one of lru, lfru, static, got 'fifo'"):
+    with pytest.raises(ValueError, match=r"one of lru, lfru, predicted, static, got 'fifo'"):
         make_policy("fifo", {})

@@ -99,6 +99,7 @@ LAYERS = (
     {"patch"},
     {"loading", "tracing", "training"},
     {"simulation"},
+    {"evaluation"},
     {"__init__"},
     {"cli"},
     {"__main__"},

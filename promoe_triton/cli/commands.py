@@ -1,4 +1,4 @@
-"""All commands: ``promoe-triton demo``, ``generate``, ``inspect``, ``simulate``, ``trace``, ``train`` and ``tune``.
+"""All commands of ``promoe-triton``.
 
 Exit codes: 0 done, 1 the command failed (or tokens differ), 2 it was used wrongly, 130 interrupted.
 """
@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from promoe_triton._version import __version__
 from promoe_triton.cli.demo import demo
+from promoe_triton.cli.evaluate import evaluate
 from promoe_triton.cli.generate import generate
 from promoe_triton.cli.inspect import inspect
 from promoe_triton.cli.output import print_error, readable_logging
@@ -71,6 +72,7 @@ def common(
 
 
 app.command()(demo)
+app.command()(evaluate)
 app.command()(generate)
 app.command()(inspect)
 app.command("simulate")(simulate_command)

@@ -48,7 +48,7 @@ def simulate_command(
     bits: Annotated[str, typer.Option(help="Bits per weight of a routed expert.")] = "16",
     predictor: Annotated[str, typer.Option(help=f"Of {', '.join(PREDICTORS)}.")] = "stated",
     chunking: Annotated[str, typer.Option(help="As in Config: adaptive, fixed, tensor, expert.")] = "adaptive",
-    policy: Annotated[str, typer.Option(help="lru, lfru or static.")] = "lru",
+    policy: Annotated[str, typer.Option(help="lru, lfru, predicted or static.")] = "lru",
     ablation: Annotated[str, typer.Option(help=f"Steps: {', '.join(ABLATION)}.")] = "lru,all",
     distance: Annotated[str, typer.Option(help="Layers ahead that are predicted.")] = "2",
     popularity: Annotated[float, typer.Option(help="Share of choices that fall to a quarter of the experts.")] = 0.45,

@@ -1,0 +1,1 @@
+"""How good predictors and replacement policies are, on recorded routing. No model runs here, and no clock."""
