@@ -34,7 +34,7 @@ from promoe_triton.kernels.devices import devices, work
 from promoe_triton.kernels.launches import Launch, launches
 from promoe_triton.kernels.rules import RULES, TENSOR, Facts, Verdict, judge, occupancy
 from promoe_triton.kernels.shapes import FURTHER, MAIN, SHAPES, TOKENS, LayerShape
-from promoe_triton.kernels.tiles import TABLE, table_for
+from promoe_triton.kernels.tiles import TABLE, TileTable, table_for
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "compiled"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -43,16 +43,31 @@ WORKERS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What is compiled: a shape, in one type; waves: for some of its experts, as when slots are few."""
+    """What is compiled: a shape, in one type.
+
+    waves: for some of its experts, as when slots are few. ranked, scaled: see `launches`.
+    """
 
     shape: LayerShape
     dtype: torch.dtype = torch.bfloat16
     waves: bool = False
+    ranked: bool = False
+    scaled: bool = False
 
     @property
     def name(self) -> str:
         dtype = {torch.bfloat16: "", torch.float16: " fp16", torch.float32: " fp32"}[self.dtype]
-        return f"{self.shape.name}{dtype}{' in waves' if self.waves else ''}"
+        marks = {" in waves": self.waves, " ranked": self.ranked, " scaled": self.scaled}
+        return self.shape.name + dtype + "".join(mark for mark, holds in marks.items() if holds)
+
+    def launches(self, T: int, table: TileTable) -> list[Launch]:
+        marks = {"waves": self.waves, "ranked": self.ranked, "scaled": self.scaled}
+        return launches(self.shape, T, self.dtype, table, **marks)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a layer as published: what it takes at best is worth telling."""
+        return not (self.waves or self.ranked or self.scaled)
 
 
 QWEN3, GPT_OSS = SHAPES["Qwen3-30B"], SHAPES["gpt-oss-20b"]
@@ -63,6 +78,8 @@ LAYERS = (
     Layer(shape=GPT_OSS, dtype=torch.float16),
     Layer(shape=GPT_OSS, dtype=torch.float32),
     Layer(shape=QWEN3, waves=True),
+    *(Layer(shape=shape, ranked=True) for shape in MAIN),
+    *(Layer(shape=shape, scaled=True) for shape in (QWEN3, GPT_OSS)),
 )
 
 
@@ -124,7 +141,7 @@ def wanted(targets: Sequence[str], tiles: Path) -> dict[Request, list[Use]]:
         table = table_for(target, tiles)
         for layer in LAYERS:
             for T in TOKENS:
-                for launch in launches(layer.shape, T, layer.dtype, table, waves=layer.waves):
+                for launch in layer.launches(T, table):
                     use = Use(layer=layer, T=T, launch=launch)
                     found.setdefault(request(launch, target), []).append(use)
     return found
@@ -228,7 +245,7 @@ def print_predictions(rows: Sequence[Row], targets: Sequence[str]) -> None:
         device = devices()[target]
         print(f"\nAt best on {target}, {device.device} ({device.source}): microseconds, and how often programs fill it")
         for layer in LAYERS:
-            if layer.waves:
+            if not layer.is_plain:
                 continue
             for T in TOKENS:
                 stages = work(layer.shape, T, layer.dtype)
@@ -299,7 +316,7 @@ def as_json(rows: Sequence[Row], targets: Sequence[str]) -> str:
         | {"bytes": one.bytes, "flops": one.flops, "seconds": one.seconds(devices()[target], layer.dtype)}
         for target in targets
         for layer in LAYERS
-        if not layer.waves
+        if layer.is_plain
         for T in TOKENS
         for stage, one in work(layer.shape, T, layer.dtype).items()
     ]

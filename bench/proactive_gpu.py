@@ -213,7 +213,6 @@ def measure_urgent(subject: InMemory, results: record.Results, rounds: tuple[int
         return
     import urgent
 
-    from promoe_triton.chunking import Chunking
     from promoe_triton.links.device import DeviceFiller
     from promoe_triton.links.sources import HostSource
     from promoe_triton.links.streams import streams_of
@@ -231,18 +230,13 @@ def measure_urgent(subject: InMemory, results: record.Results, rounds: tuple[int
     store = HostStore(specs, layouts, named)
     streams = streams_of(subject.device)
     memory = DeviceMemory(len(used) * urgent.SLOTS, store.slot_bytes(0, layouts[0].experts), subject.device)
-    road = urgent.Road(
-        filler=lambda: DeviceFiller(HostSource(store, streams), [memory] * len(used), streams),
-        layers=len(used),
-        experts=layouts[0].experts,
-        target=0.1,
+    road = urgent.bus(
+        lambda: DeviceFiller(HostSource(store, streams), [memory] * len(used), streams),
+        len(used),
+        layouts[0].experts,
         queueing=subject.device.type == "cuda",
     )
-    ways = {
-        f"adaptive, {latency:g} ms": Chunking(name="adaptive", longest=urgent.LONGEST, latency=latency * 1e-3)
-        for latency in (0.05, 0.1, 0.25, 0.5)
-    }
-    urgent.measure(road, ways | urgent.WAYS, results, *rounds)
+    urgent.measure(road, results, *rounds)
 
 
 def about(device: torch.device, quick: bool) -> dict[str, str]:

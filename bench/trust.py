@@ -24,6 +24,7 @@ from models import MODEL, large_checkpoint, open_store, prompts, sizes
 from subjects import OnDisk
 
 import promoe_triton
+from promoe_triton.chunking import DISK_LATENCY
 from promoe_triton.config import Config
 from promoe_triton.links.fake import Wire
 from promoe_triton.memory import SlotMemory
@@ -335,7 +336,8 @@ class Calibration:
 
 def simulated(machine: Calibration, options: Mapping[str, Any], parts: Iterator[Pass], warm_up: int) -> float:
     """Return seconds per pass, after `warm_up` passes."""
-    simulator = Simulator(machine.shape, machine.costs, machine.wire, Config(**options), slowed=machine.slowed)
+    config = Config(**{"latency": DISK_LATENCY, **options})
+    simulator = Simulator(machine.shape, machine.costs, machine.wire, config, slowed=machine.slowed)
     all_parts = [*parts]
     simulator.run(all_parts[:warm_up])
     simulator.reset()

@@ -2,7 +2,7 @@
 
 The product's disk link and core over the demo model with experts of 9.4 MB. A dozen experts at a time are copied
 ahead; meanwhile, at random moments, a layer asks for one expert. Compared are the ways to cut copies: without a fixed
-size (three latency budgets), at a fixed size, by tensor as in the paper, and not at all. They take turns.
+size (several latency budgets), at a fixed size, by tensor as in the paper, and not at all. They take turns.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import record
 from models import MODEL, large_checkpoint, open_store
 
-from promoe_triton.chunking import Chunking
+from promoe_triton.chunking import BUS_LATENCY, DISK_LATENCY, Chunking
 from promoe_triton.core import Core
 from promoe_triton.links.filling import Filler, SlotFiller
 from promoe_triton.links.threads import ThreadedLink
@@ -29,16 +29,12 @@ from promoe_triton.slots import SlotTable
 from promoe_triton.timeline import Timeline
 
 DEPTH, LONGEST, SLOTS, AHEAD = 4, 4 << 20, 24, 12
-WAYS = {
-    "adaptive, 1 ms": Chunking(name="adaptive", longest=LONGEST, latency=1e-3),
-    "adaptive, 2 ms": Chunking(name="adaptive", longest=LONGEST, latency=2e-3),
-    "adaptive, 4 ms (default)": Chunking(name="adaptive", longest=LONGEST, latency=4e-3),
+FIXED = {
     "fixed, 4 MiB": Chunking(name="fixed", longest=LONGEST, latency=1.0),
     "fixed, 1 MiB": Chunking(name="fixed", longest=1 << 20, latency=1.0),
     "tensor": Chunking(name="tensor", longest=LONGEST, latency=1.0),
     "expert": Chunking(name="expert", longest=LONGEST, latency=1.0),
 }
-DEFAULT = "adaptive, 4 ms (default)"
 
 
 class Copies(Timeline):
@@ -122,16 +118,64 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Road:
-    """Where the traffic goes. filler: makes a new way to copy experts; target: in ms, of the default way at p99."""
+    """Where the traffic goes. filler: makes a new way to copy experts. latencies: to compare, in seconds, the product's
+    own (default) among them; target: of that one at p99, in seconds.
+    """
 
     filler: Callable[[], Filler]
     layers: int
     experts: int
+    latencies: tuple[float, ...]
+    default: float
     target: float
     queueing: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.default in self.latencies
 
-def measure(road: Road, ways: Mapping[str, Chunking], results: record.Results, repeats: int, rounds: int) -> None:
+    def ways(self) -> dict[str, Chunking]:
+        """Return the ways to cut copies by name."""
+        adaptive = {
+            self._name(latency): Chunking(name="adaptive", longest=LONGEST, latency=latency)
+            for latency in self.latencies
+        }
+        return adaptive | FIXED
+
+    @property
+    def own(self) -> str:
+        """The name of the product's own way."""
+        return self._name(self.default)
+
+    def _name(self, latency: float) -> str:
+        return f"adaptive, {latency * 1e3:g} ms" + (" (default)" if latency == self.default else "")
+
+
+def disk(filler: Callable[[], Filler], layers: int, experts: int) -> Road:
+    return Road(
+        filler=filler,
+        layers=layers,
+        experts=experts,
+        latencies=(1e-3, 2e-3, DISK_LATENCY),
+        default=DISK_LATENCY,
+        target=1e-3,
+    )
+
+
+def bus(filler: Callable[[], Filler], layers: int, experts: int, queueing: bool) -> Road:
+    """Return the way from the host's memory to a GPU. queueing: whether it has a copy engine."""
+    return Road(
+        filler=filler,
+        layers=layers,
+        experts=experts,
+        latencies=(5e-5, BUS_LATENCY, 2.5e-4, 5e-4, 4e-3),
+        default=BUS_LATENCY,
+        target=1e-4,
+        queueing=queueing,
+    )
+
+
+def measure(road: Road, results: record.Results, repeats: int, rounds: int) -> None:
+    ways = road.ways()
     delays: dict[str, list[float]] = {way: [] for way in ways}
     waits: dict[str, list[float]] = {way: [] for way in ways}
     rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -152,10 +196,10 @@ def measure(road: Road, ways: Mapping[str, Chunking], results: record.Results, r
     rows = []
     for way in ways:
         share = [rate / top for rate, top in zip(rates[way], best, strict=True)]
-        target = way == DEFAULT
+        target = way == road.own
         rows += [
             quantile(way, "start, p50", delays[way], 0.5),
-            quantile(way, "start, p99", delays[way], 0.99, road.target if target else None),
+            quantile(way, "start, p99", delays[way], 0.99, road.target * 1e3 if target else None),
             quantile(way, "arrival, p50", waits[way], 0.5),
             quantile(way, "arrival, p99", waits[way], 0.99),
             record.row("urgent", way, "bandwidth", "GB/s", [rate / 1e9 for rate in rates[way]]),
@@ -188,10 +232,8 @@ def main() -> None:
         store = open_store(folder)
         layers = len(store.specs)
         memory = SlotMemory(layers * SLOTS, store.slot_bytes(0, 64))
-        road = Road(
-            filler=lambda: SlotFiller(store, [memory] * layers, direct=True), layers=layers, experts=64, target=1.0
-        )
-        measure(road, WAYS, results, *((2, 2) if args.quick else (5, 14)))
+        road = disk(lambda: SlotFiller(store, [memory] * layers, direct=True), layers, 64)
+        measure(road, results, *((2, 2) if args.quick else (5, 14)))
 
 
 if __name__ == "__main__":

@@ -416,7 +416,7 @@ def make_core(config: Config, tables: Sequence[SlotTable], cuts: Callable[[Trans
     return Core(
         tables,
         cuts,
-        overtake=config.cuts.overtake,
+        overtake=config.overtake,
         preempt=Technique.PREEMPTION in step.techniques,
         reorder=Technique.REORDER in step.techniques or step.layer,
     )

@@ -22,6 +22,7 @@ from promoe_triton.counters import Ahead, Counters, Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.links.choice import make_link
+from promoe_triton.links.streams import Order, streams_of
 from promoe_triton.policies import make_policy
 from promoe_triton.predictors.choice import make_predictor
 from promoe_triton.predictors.reach import Reach
@@ -250,6 +251,8 @@ class ModelRuntime:
         self.home = device
         self.originals: list[dict[str, nn.Parameter]] = []
         self._lock = threading.RLock()
+        streams = streams_of(device)
+        self._order = Order(streams)
         self._dirty = False
         self.link: Link | None = None
         self.prefetcher: Prefetcher | None = None
@@ -257,7 +260,7 @@ class ModelRuntime:
         self._filling_seconds = 0.0
         tables: Sequence[SlotTable | None] = [None] * len(modules)
         if isinstance(store, CheckpointStore | HostStore):
-            self.link = make_link(config, device, store, budget)
+            self.link = make_link(config, device, streams, store, budget)
             self.core = self._core(self.link)
             self.link.restart(self.core)
             tables = self.core.tables
@@ -300,6 +303,7 @@ class ModelRuntime:
         alone = self.link is not None and self._lock.acquire(blocking=False)
         try:
             if alone:
+                self._order.follow()
                 self.begin_change()
             yield alone
             if alone:
@@ -347,8 +351,9 @@ class ModelRuntime:
             raise PromoeError(f"{purpose} needs {format_size(needed)} of memory, but only {format_size(free)} are free")
 
     def enter(self, layer: int) -> None:
-        """Let one forward in at a time; raise PromoeError when another stays inside too long."""
+        """Let one forward in at a time, in order; raise PromoeError when another stays inside too long."""
         self._acquire()
+        self._order.follow()
         self.counters.enter(layer)
 
     @contextmanager

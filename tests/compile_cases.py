@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from promoe_triton.kernels import rows
+from promoe_triton.kernels import grouped, rows
 from promoe_triton.kernels.compiled import compile_request, request
 from promoe_triton.kernels.devices import devices
 from promoe_triton.kernels.launches import Launch, launches
@@ -70,9 +70,23 @@ def with_tile(target: str, T: int, entry: dict[str, int], stage: str, *, D: int 
     return next(broken(launch, target) for launch in launches(shape, T, torch.bfloat16, table) if launch.stage == stage)
 
 
-def shipped(target: str) -> dict[str, str]:
+def with_tf32(target: str) -> dict[str, str]:
+    """Return what is broken of a shipped kernel in fp32 whose products may be cut to TF32."""
+    jits = (grouped.multiply, grouped.grouped_kernel)
+    sources = [jit.src for jit in jits]
+    assert 'input_precision="ieee"' in sources[0]
+    grouped.multiply._unsafe_update_src(sources[0].replace('input_precision="ieee"', 'input_precision="tf32"'))
+    grouped.grouped_kernel._unsafe_update_src(sources[1])  # forgets what it was made of
+    try:
+        return shipped(target, torch.float32)
+    finally:
+        for jit, source in zip(jits, sources, strict=True):
+            jit._unsafe_update_src(source)
+
+
+def shipped(target: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
     shape = LayerShape(name="", D=2048, F=768, E=128, A=8)
-    used = launches(shape, 2048, torch.bfloat16, table_for(target))
+    used = launches(shape, 2048, dtype, table_for(target))
     return next(broken(launch, target) for launch in used if launch.stage == "up")
 
 
@@ -98,6 +112,11 @@ def main() -> None:
         "rows that are not aligned": with_tile("sm_90", 2048, tile(128, 64, 8, 3), "up", D=2046),
         "single rows that are not aligned": with_tile("sm_90", 1, tile(8, 512, 4, 1), "up", D=2046),
         "shipped": shipped("sm_90"),
+        "shipped in fp32": shipped("sm_90", torch.float32),
+        **{
+            f"fp32 with TF32 allowed on {target}": with_tf32(target)
+            for target in ("sm_80", "sm_90", "sm_100", "sm_120")
+        },
     }
     assert rows.rows_kernel is kernel, "kernels stand where they stood"
     print(json.dumps({"broken": found, "versions": versions()}))

@@ -88,6 +88,22 @@ def test_what_comes_first() -> None:
     }
 
 
+def test_the_aim_of_urgent_copies_is_that_of_their_link() -> None:
+    """Over the product's own defaults, which are compared with others."""
+    import urgent
+
+    from promoe_triton.chunking import BUS_LATENCY, DISK_LATENCY
+
+    def nothing() -> Any:
+        raise AssertionError("nothing is copied here")
+
+    disk, bus = urgent.disk(nothing, 2, 8), urgent.bus(nothing, 2, 8, queueing=True)
+    assert (disk.target, bus.target) == (1e-3, 1e-4)
+    assert disk.ways()[disk.own].latency == DISK_LATENCY
+    assert bus.ways()[bus.own].latency == BUS_LATENCY <= bus.target
+    assert "fixed, 4 MiB" in disk.ways().keys() & bus.ways().keys()
+
+
 @pytest.mark.parametrize(("code", "noted"), [("3", [3]), ("4", [])], ids=["died", "noted it itself"])
 def test_a_worker_that_ends_early_is_followed_by_another(code: str, noted: list[int], tmp_path: Path) -> None:
     import watch

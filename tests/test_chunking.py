@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promoe_triton.chunking import SHORTEST, UNMEASURED, Chunking
+from promoe_triton.chunking import BUS_LATENCY, SHORTEST, UNMEASURED, Chunking
+from promoe_triton.config import Config
 from promoe_triton.links.meter import WINDOW, Meter
 from promoe_triton.protocols import PAGE
 
@@ -80,3 +81,12 @@ def test_a_link_that_has_become_slower_is_noticed() -> None:
             now += 0.1
             meter.ended(now, rate // 10)
         assert meter.rate == pytest.approx(rate, rel=0.02)
+
+
+@pytest.mark.parametrize("bandwidth", [12e9, 25e9, 50e9], ids=["PCIe 3.0", "4.0", "5.0"])
+def test_over_a_bus_speculation_in_flight_takes_a_tenth_of_a_millisecond(bandwidth: float) -> None:
+    """With what a person gets who sets nothing: an urgent copy behind all of it starts within the bench's target."""
+    chunking, in_flight, speculating = Config().cuts(BUS_LATENCY), 0, 0
+    while budget := chunking.budgets(bandwidth, Config().depth, speculating).speculative:
+        in_flight, speculating = in_flight + budget, speculating + 1
+    assert 0.9e-4 < in_flight / bandwidth <= 1e-4

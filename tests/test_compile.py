@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from transformers import CompileConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import promoe_triton
+from promoe_triton import ops
 
 SLOTS = {"few": 6, "all": None}
 
@@ -136,3 +137,17 @@ def test_training_is_refused_as_without_compilation(slots: str, fullgraph: bool)
         assert torch.equal(compiled(IDS).logits, want)
     model.eval()
     assert not compiled(IDS).logits.isnan().any()
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("slots", [2, 6])
+def test_the_operation_is_sound(slots: int, T: int) -> None:
+    """Its fake, its schema (nothing but the name counts as written to), and what is traced of it."""
+    model = promoe_triton.patch(build(), slots=slots, store="spool")
+    layer = model.model.layers[1].mlp.experts
+    generator = torch.Generator().manual_seed(T)
+    x_TD = torch.randn(T, 32, generator=generator)
+    ids_TA = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(T)])
+    weights_TA = torch.rand(T, 2, generator=generator)
+    torch.library.opcheck(ops.experts, (x_TD, ids_TA, weights_TA, layer._promoe_name))
+    promoe_triton.unpatch(model)

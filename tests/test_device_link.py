@@ -6,7 +6,9 @@ order, on a thread of its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import queue
 import random
 import re
@@ -22,15 +24,18 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import promoe_triton
-from promoe_triton import PromoeError
-from promoe_triton.links import choice, sources
+from promoe_triton import PromoeError, runtime
+from promoe_triton.links import choice
 from promoe_triton.links.device import DeviceFiller
-from promoe_triton.links.sources import DiskSource, HostSource
-from promoe_triton.links.streams import HostStreams, Lane, Release
+from promoe_triton.links.sources import DiskSource, HostSource, Rings
+from promoe_triton.links.streams import CudaStreams, HostStreams, Lane, Order
 from promoe_triton.memory import DeviceMemory, Slots
+from promoe_triton.prefetch import Prefetcher
 from promoe_triton.protocols import PAGE, Chunk, ExpertKey, ExpertSpec, Part, TensorSpec, Transfer
 from promoe_triton.runtime import LayerRuntime
+from promoe_triton.stores import registration
 from promoe_triton.stores.host import HostStore
+from promoe_triton.stores.registration import Release
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 NEW = 5
@@ -88,6 +93,10 @@ class Device:
     def issue(self, work: Callable[[], None]) -> None:
         self._todo.put(work)
 
+    @property
+    def is_done(self) -> bool:
+        return self._todo.empty()
+
     def _run(self) -> None:
         while (work := self._todo.get()) is not None:
             time.sleep(self._delay())
@@ -142,17 +151,28 @@ class DeviceLane:
 
 
 class DeviceStreams(HostStreams):
-    """Events come when the device has got to them."""
+    """Events come when the device has got to them. current: the stream of whoever calls."""
 
     def __init__(self, device: Device, can_pin: bool = True) -> None:
-        self._device, self._can_pin = device, can_pin
-        self.pinned = 0
+        self.current, self._can_pin = device, can_pin
+        self.pinned: set[int] = set()
         self.traffic = Traffic()
 
     def mark(self) -> Any:
         event = threading.Event()
-        self._device.issue(event.set)
+        self.current.issue(event.set)
         return event
+
+    def settle(self, event: Any) -> None:
+        assert event.wait(BOUND), "an event that never came"
+
+    def follow(self, last: Any) -> Any:
+        stream = self.current
+        if last is not None and last is not stream:
+            before = threading.Event()
+            last.issue(before.set)
+            stream.issue(lambda: self.settle(before))
+        return stream
 
     def lane(self) -> Lane:
         return DeviceLane(self.traffic)
@@ -160,12 +180,15 @@ class DeviceStreams(HostStreams):
     def pin(self, address: int, nbytes: int) -> Release | None:
         assert not address % PAGE, "whole pages"
         assert not nbytes % PAGE, "whole pages"
-        if not self._can_pin:
+        pages = set(range(address, address + nbytes, PAGE))
+        # As the driver does, where a part of them is registered already.
+        if not self._can_pin or pages & self.pinned:
             return None
-        self.pinned += 1
+        self.pinned |= pages
 
         def release() -> None:
-            self.pinned -= 1
+            assert pages <= self.pinned, "registered still"
+            self.pinned -= pages
 
         return release
 
@@ -173,7 +196,7 @@ class DeviceStreams(HostStreams):
 class Watched(DeviceFiller):
     """Fails where a slot changes before the work that reads it is done: the device looks at it when it gets there."""
 
-    device: Device
+    _streams: DeviceStreams
 
     def fence(self, layer: int, slots: Iterable[int] | None) -> None:
         memory = self._memory_of_layer[layer]
@@ -181,11 +204,13 @@ class Watched(DeviceFiller):
         for slot in slots or ():
             held, before = memory.slot(slot), memory.slot(slot).clone()
 
-            def check(held: Tensor = held, before: Tensor = before, slot: int = slot) -> None:
-                if not torch.equal(held, before):
-                    self.device.failures.append(f"slot {slot} of layer {layer} was written while it was read")
+            stream = self._streams.current
 
-            self.device.issue(check)
+            def check(held: Tensor = held, before: Tensor = before, slot: int = slot, stream: Device = stream) -> None:
+                if not torch.equal(held, before):
+                    stream.failures.append(f"slot {slot} of layer {layer} was written while it was read")
+
+            stream.issue(check)
         super().fence(layer, slots)
 
 
@@ -202,8 +227,7 @@ def device() -> Iterator[Device]:
 def streams(device: Device, monkeypatch: pytest.MonkeyPatch) -> DeviceStreams:
     """Every link made from now on runs on the stand-in."""
     made = DeviceStreams(device)
-    monkeypatch.setattr(choice, "streams_of", lambda _: made)
-    monkeypatch.setattr(Watched, "device", device, raising=False)
+    monkeypatch.setattr(runtime, "streams_of", lambda _: made)
     monkeypatch.setattr(choice, "DeviceFiller", Watched)
     return made
 
@@ -304,9 +328,35 @@ def test_memory_that_cannot_be_registered(
 
 def test_what_is_registered_is_given_back(streams: DeviceStreams) -> None:
     model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
-    assert streams.pinned > 0
+    assert streams.pinned
     promoe_triton.unpatch(model)
-    assert streams.pinned == 0
+    assert not streams.pinned
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["the-model-goes-first", "the-copy-goes-first"])
+def test_a_copy_shares_the_registration(
+    first: int, streams: DeviceStreams, want: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [promoe_triton.patch(build(), device="cpu", store="memory", slots=3)]
+    pinned = set(streams.pinned)
+    models.append(copy.deepcopy(models[0]))
+    assert not caplog.records, "nothing is copied on its way"
+    assert streams.pinned == pinned
+    promoe_triton.unpatch(models.pop(first))
+    assert streams.pinned == pinned
+    assert equal(logits(models[0]), want)
+    promoe_triton.unpatch(models.pop())
+    assert not streams.pinned
+
+
+def test_a_copy_that_is_dropped_gives_the_registration_back(streams: DeviceStreams) -> None:
+    model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+    twin = copy.deepcopy(model)
+    promoe_triton.unpatch(model)
+    assert streams.pinned
+    del twin
+    gc.collect()
+    assert not streams.pinned
 
 
 def test_an_interrupted_registration_is_taken_back(
@@ -320,10 +370,68 @@ def test_an_interrupted_registration_is_taken_back(
         return pin(address, nbytes)
 
     monkeypatch.setattr(streams, "pin", interrupted)
-    monkeypatch.setattr(sources, "_pages", lambda tensors: [range(PAGE), range(4 * PAGE, 5 * PAGE)])
+    monkeypatch.setattr(registration, "pages_of", lambda tensors: [range(PAGE), range(4 * PAGE, 5 * PAGE)])
     with pytest.raises(KeyboardInterrupt):
         promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
-    assert streams.pinned == 0
+    assert not streams.pinned
+
+
+@pytest.mark.parametrize(
+    ("given", "bus", "disk"),
+    [
+        pytest.param({}, 1e-4, 4e-3, id="each-its-own"),
+        pytest.param({"latency": 2e-3}, 2e-3, 2e-3, id="as-given"),
+    ],
+)
+def test_each_kind_of_link_has_its_latency(
+    given: dict[str, Any], bus: float, disk: float, streams: DeviceStreams, tmp_path: Path
+) -> None:
+    def latency(model: Any) -> float:
+        return float(model._promoe_runtime.link._shared.chunking.latency)
+
+    build().save_pretrained(tmp_path)
+    assert latency(promoe_triton.patch(build(), device="cpu", store="memory", slots=3, **given)) == bus
+    assert latency(promoe_triton.from_pretrained(str(tmp_path), device="cpu", slots=3, **given)) == disk
+
+
+class TestRings:
+    def test_one_that_is_too_small_is_given_back_for_one_of_twice_its_size(self, device: Device) -> None:
+        streams = DeviceStreams(device)
+        rings, sizes = Rings(streams), []
+        for pages in range(1, 100):  # as chunks grow while a link is measured
+            room = rings.room(pages * PAGE)
+            room.slot(0)[: pages * PAGE].fill_(1)
+            sizes.append(room.slot_bytes)
+            assert len(streams.pinned) * PAGE == room.slot_bytes, "one ring at a time"
+        assert sorted(set(sizes)) == [PAGE << n for n in range(8)]
+        assert rings.room(PAGE).slot_bytes == sizes[-1], "it does not shrink"
+        rings.close()
+        assert not streams.pinned
+
+    def test_each_thread_has_its_own(self, device: Device) -> None:
+        streams = DeviceStreams(device)
+        rings, rooms = Rings(streams), []
+        thread = threading.Thread(target=lambda: rooms.append(rings.room(3 * PAGE)))
+        thread.start()
+        thread.join(BOUND)
+        rooms.append(rings.room(PAGE))
+        assert rooms[0] is not rooms[1]
+        assert len(streams.pinned) == 4
+        rings.close()
+        assert not streams.pinned
+
+    @pytest.mark.parametrize("chunking", ["adaptive", "fixed", "tensor", "expert"])
+    @pytest.mark.usefixtures("from_disk")
+    def test_an_expert_larger_than_the_ring(
+        self, chunking: Any, want: list[Tensor], streams: DeviceStreams, tmp_path: Path
+    ) -> None:
+        """Tensors of 3840 bytes follow upon chunks of other sizes; what is converted comes whole, and needs most."""
+        build().save_pretrained(tmp_path)
+        options: Any = {"device": "cpu", "slots": 3, "depth": 2, "chunk": 4096, "chunking": chunking}
+        model = promoe_triton.from_pretrained(str(tmp_path), store="checkpoint", io="direct", **options)
+        assert equal(logits(model), want)
+        promoe_triton.unpatch(model)
+        assert not streams.pinned
 
 
 @pytest.mark.parametrize(("depth", "chunk"), [(1, 4096), (2, 4096), (3, 8192)])
@@ -333,6 +441,98 @@ def test_bytes_in_flight_are_bounded(depth: int, chunk: int, streams: DeviceStre
     logits(model)
     assert promoe_triton.stats(model).bytes_read > 8 * depth * chunk
     assert 0 < streams.traffic.most <= depth * chunk
+
+
+class TestStreams:
+    """Forwards on one stream and then on another: what they share is in the order in which they were called."""
+
+    @pytest.fixture
+    def slow(self) -> Iterator[Device]:
+        made = Device(lambda: 0.02)
+        yield made
+        made.close()
+        assert not made.failures, made.failures[:3]
+
+    def test_a_slot_outlives_its_readers_on_either_stream(self, streams: DeviceStreams, slow: Device) -> None:
+        """Read on the slow stream, then on the quick one, whose event comes first; then it is given to another."""
+        model = promoe_triton.patch(build(), device="cpu", store="memory", slots=4, predictor="none")
+        quick = streams.current
+        with torch.no_grad():
+            for token in range(6):
+                for stream, asked in ((slow, token), (quick, token), (quick, token + 6), (quick, token + 12)):
+                    streams.current = stream
+                    model(torch.tensor([[asked]]))
+        assert promoe_triton.stats(model).hits >= 4 * 6, "what the first has read, the second reads again"
+        promoe_triton.unpatch(model)
+
+    @pytest.mark.parametrize("options", [{"slots": 4, "predictor": "gate"}, {}], ids=["few", "resident"])
+    def test_work_on_another_stream_comes_after_what_was_there(
+        self, options: dict[str, Any], streams: DeviceStreams, slow: Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where nothing is copied: the table of where experts lie is sent once. And what a predictor keeps."""
+        seen: list[tuple[str, Device]] = []
+        follow = streams.follow
+
+        def followed(last: Any) -> Any:
+            if last is not None and last is not streams.current:
+                seen.append(("waits", streams.current))
+            return follow(last)
+
+        def noted(function: Any) -> Any:
+            def call(*args: Any) -> Any:
+                seen.append(("works", streams.current))
+                return function(*args)
+
+            return call
+
+        monkeypatch.setattr(streams, "follow", followed)
+        monkeypatch.setattr(LayerRuntime, "run", noted(LayerRuntime.run))
+        monkeypatch.setattr(Prefetcher, "_look", noted(Prefetcher._look))
+        model = promoe_triton.patch(build(), device="cpu", store="memory", **options)
+        quick = streams.current
+        for stream in (quick, slow, slow, quick):
+            streams.current = stream
+            with torch.no_grad():
+                model(PROMPT[:, :3])
+        changes = [index for index, (what, _) in enumerate(seen) if what == "waits"]
+        assert [seen[index][1] for index in changes] == [slow, quick]
+        assert [stream for what, stream in seen[: changes[0]] if what == "works"].count(slow) == 0
+        assert {stream for what, stream in seen[changes[0] : changes[1]]} == {slow}
+
+    def test_slots_are_given_up_when_nobody_reads_them(self, streams: DeviceStreams, slow: Device) -> None:
+        model = promoe_triton.patch(build(), device="cpu", store="memory", slots=4)
+        streams.current = slow
+        with torch.no_grad():
+            model(PROMPT)
+        assert not slow.is_done
+        promoe_triton.unpatch(model)
+        assert slow.is_done
+
+    @pytest.mark.parametrize("captured", [False, True])
+    def test_on_a_gpu(self, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The streams of CUDA, but for the device. What was not captured cannot be waited for in a capture."""
+
+        class Stream:
+            def __init__(self) -> None:
+                self.after: list[Stream] = []
+
+            def wait_stream(self, other: Stream) -> None:
+                self.after.append(other)
+
+        first, second = Stream(), Stream()
+        here = first
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+        order = Order(CudaStreams(torch.device("cuda", 0)))
+        order.follow()
+        here = second
+        order.follow()
+        order.follow()
+        assert (first.after, second.after) == ([], [] if captured else [first])
+        here = first
+        order.follow()
+        assert first.after == ([] if captured else [second])
 
 
 class OnDevice(Tensor):

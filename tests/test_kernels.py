@@ -14,7 +14,6 @@ from kernel_cases import (
     KERNELS,
     KINDS,
     SHIPPED,
-    TOLERANCES,
     TWINS,
     Layer,
     check,
@@ -30,6 +29,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from promoe_triton.kernels import grouped, rows, schedule
 from promoe_triton.kernels.pool import slot_base
 from promoe_triton.kernels.tiles import Call, Shape
+from promoe_triton.kernels.trials import TOLERANCES
 from promoe_triton.kernels.twins import error
 
 FORMS = {"rows": True, "grouped": False}

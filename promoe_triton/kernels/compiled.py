@@ -31,6 +31,7 @@ PTX = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma\.",
     "mma.sync": r"\bmma\.sync\.",
+    "tf32": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.\S*tf32",
     "cp.async 16": r"cp\.async\.c[ag]\.shared\.global(?:\.\w+)* \[[^\]]*\], \[[^\]]*\], 0x10\b",
     "cp.async": r"cp\.async\.c[ag]\.shared\.global",
     "tma": r"cp\.async\.bulk\.tensor",
@@ -49,6 +50,7 @@ SASS = {
 
 GCN = {
     "mfma": r"\bv_mfma_",
+    "tf32": r"\bv_mfma_\w*xf32",
     "load 16": r"\b(?:global|buffer|flat)_load_dwordx4\b",
     "load 8": r"\b(?:global|buffer|flat)_load_dwordx2\b",
     "load 4": r"\b(?:global|buffer|flat)_load_dword\b",

@@ -95,19 +95,33 @@ def recording() -> Iterator[Notes]:
             setattr(module, name, value)
 
 
-def launches(shape: LayerShape, T: int, dtype: torch.dtype, table: TileTable, *, waves: bool = False) -> list[Launch]:
-    """Return what one call of T tokens launches, in order. waves: some of the experts only, as when slots are few."""
+def launches(
+    shape: LayerShape,
+    T: int,
+    dtype: torch.dtype,
+    table: TileTable,
+    *,
+    waves: bool = False,
+    ranked: bool = False,
+    scaled: bool = False,
+) -> list[Launch]:
+    """Return what one call of T tokens launches, in order.
+
+    waves: some of the experts only, as when slots are few. ranked: rows in the order in which experts are ready.
+    scaled: weights of 8 bits, with a factor for each of their rows.
+    """
     call = shape.call(T, dtype)
     A, E, R = shape.A, shape.E, T * shape.A
-    up = _projection(shape, shape.up_rows, shape.D, shape.gate, dtype)
-    down = _projection(shape, shape.D, shape.F, Gate(), dtype)
+    up = _projection(shape, shape.up_rows, shape.D, shape.gate, dtype, scaled)
+    down = _projection(shape, shape.D, shape.F, Gate(), dtype, scaled)
     x_TD, weights_TA = _empty(T, shape.D, dtype=dtype), _empty(T, A, dtype=dtype)
     ids_TA = _empty(T, A, dtype=torch.int64)
     h_RF, y_RD = _empty(R, shape.F, dtype=dtype), _empty(R, shape.D, dtype=call.sum_dtype)
     wave_E = _empty(E, dtype=torch.int32) if waves else None
+    rank_E = _empty(E, dtype=torch.int32) if ranked else None
     with recording() as notes:
         notes.stage = "schedule"
-        rows = whole.plan(ids_TA, weights_TA, call, table)
+        rows = whole.plan(ids_TA, weights_TA, call, table, rank_E)
         for notes.stage, out, x, projection in (("up", h_RF, x_TD, up), ("down", y_RD, h_RF, down)):
             is_up = notes.stage == "up"
             how = {"up": is_up, "weighted": not is_up}
@@ -122,12 +136,13 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _projection(shape: LayerShape, N: int, K: int, gate: Gate, dtype: torch.dtype) -> Projection:
+def _projection(shape: LayerShape, N: int, K: int, gate: Gate, dtype: torch.dtype, scaled: bool) -> Projection:
     slot_of_E = _empty(shape.E, dtype=torch.int64)
     strides = (1, N) if shape.transposed else (K, 1)
-    weight = _pool(slot_of_E, (N, K), strides, dtype)
+    weight = _pool(slot_of_E, (N, K), strides, torch.int8 if scaled else dtype)
     bias = _pool(slot_of_E, (N,), (1,), dtype) if shape.biased else None
-    return Projection(weight=weight, bias=bias, gate=gate)
+    scale = _pool(slot_of_E, (N,), (1,), torch.float32) if scaled else None
+    return Projection(weight=weight, bias=bias, scale=scale, gate=gate)
 
 
 def _pool(slot_of_E: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Pool:

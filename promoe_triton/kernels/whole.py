@@ -15,11 +15,13 @@ from promoe_triton.kernels.schedule import Schedule, schedule
 from promoe_triton.kernels.tiles import Call, Shape, TileTable
 
 
-def plan(ids_TA: Tensor, weights_TA: Tensor, call: Call, table: TileTable) -> Schedule | None:
-    """Group the rows of a call by expert; None where they are computed one after the other."""
+def plan(
+    ids_TA: Tensor, weights_TA: Tensor, call: Call, table: TileTable, rank_E: Tensor | None = None
+) -> Schedule | None:
+    """Group the rows of a call by expert (in the order of `rank_E`); None where they are computed one by one."""
     if call.by_rows:
         return None
-    return schedule(ids_TA, weights_TA, None, experts=call.E, block=table.block(call))
+    return schedule(ids_TA, weights_TA, rank_E, experts=call.E, block=table.block(call))
 
 
 def product(

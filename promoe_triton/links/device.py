@@ -29,7 +29,7 @@ class DeviceFiller:
         self._views = Views()
         self._fences: dict[tuple[int, int], Any] = {}
         # The allocator may have given the slots memory that work issued before still reads.
-        self._everything = streams.mark()
+        self._everything = self._latest = streams.mark()
         self._here = threading.local()
 
     def cuts(self, transfer: Transfer) -> Cuts:
@@ -67,7 +67,7 @@ class DeviceFiller:
         return self._views.of(self._source.image(transfer), memory, transfer.slot)
 
     def fence(self, layer: int, slots: Iterable[int] | None) -> None:
-        event = self._streams.mark()
+        event = self._latest = self._streams.mark()
         if slots is None:
             self._everything = event
             return
@@ -82,4 +82,8 @@ class DeviceFiller:
         return lane
 
     def close(self) -> None:
-        self._source.close()
+        # The slots' memory may go to others next, on the stream where it was taken; every layer comes after the last.
+        try:
+            self._streams.settle(self._latest)
+        finally:
+            self._source.close()

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+import weakref
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from promoe_triton.config import format_size
-from promoe_triton.links.streams import Release, Streams
+from promoe_triton.links.streams import Streams
 from promoe_triton.memory import SlotMemory
-from promoe_triton.protocols import PAGE, Transfer, round_up
+from promoe_triton.protocols import PAGE, Transfer
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore
 from promoe_triton.stores.image import Extent, SlotImage
 from promoe_triton.stores.reader import FileReader
+from promoe_triton.stores.registration import Release
 
 logger = logging.getLogger(__name__)
 
@@ -60,41 +60,44 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+class Ring(NamedTuple):
+    """Memory for bytes on their way. release: undoes its registration, if it could be registered."""
+
+    memory: SlotMemory
+    release: Release | None
+
+
 class Rings:
     """Memory of every thread's own, for bytes on their way to the device."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._here = threading.local()
-        self._taken: list[tuple[SlotMemory, Release]] = []
+        self._taken: dict[int, Ring] = {}  # by thread; the memory must outlive its registration
 
     def room(self, nbytes: int) -> SlotMemory:
-        """Return the calling thread's memory, of at least so many bytes; what was in it before may be gone."""
+        """Return the calling thread's memory, of at least so many bytes; what was in it before may be gone.
+
+        Its last copy must be done.
+        """
         memory: SlotMemory | None = getattr(self._here, "memory", None)
         if memory is None or memory.slot_bytes < nbytes:
-            memory = self._here.memory = SlotMemory(1, nbytes)
+            # Chunks grow as the link is measured: twice as much each time, or every few would register memory anew.
+            grown = nbytes if memory is None else max(nbytes, 2 * memory.slot_bytes)
+            self._release(threading.get_ident())
+            memory = self._here.memory = SlotMemory(1, grown)
             release = self._streams.pin(memory.slot(0).data_ptr(), memory.slot_bytes)
-            if release is not None:
-                self._taken.append((memory, release))  # the memory must outlive its registration
+            self._taken[threading.get_ident()] = Ring(memory, release)
         return memory
 
+    def _release(self, thread: int) -> None:
+        ring = self._taken.pop(thread, None)
+        if ring is not None and ring.release is not None:
+            ring.release()
+
     def close(self) -> None:
-        while self._taken:
-            _, release = self._taken.pop()
-            release()
-
-
-def _pages(tensors: Iterable[Tensor]) -> list[range]:
-    """Return the pages on which tensors lie, as ranges of addresses that have none in common."""
-    parts: list[range] = []
-    for tensor in sorted(tensors, key=Tensor.data_ptr):
-        begin = tensor.data_ptr() // PAGE * PAGE
-        end = round_up(tensor.data_ptr() + tensor.nbytes)
-        if parts and begin < parts[-1].stop:
-            parts[-1] = range(parts[-1].start, max(end, parts[-1].stop))
-        else:
-            parts.append(range(begin, end))
-    return parts
+        for thread in list(self._taken):
+            self._release(thread)
 
 
 class HostSource:
@@ -103,28 +106,15 @@ class HostSource:
     def __init__(self, store: HostStore, streams: Streams) -> None:
         self._store = store
         self._rings = Rings(streams)
-        self._releases: list[Release] = []
-        self._unpinned: list[range] = []
-        pages = _pages(store.tensors())
-        try:
-            self._register(pages, streams)
-        except BaseException:
-            self.close()  # an interruption must not leave the experts locked in memory
-            raise
-        if self._unpinned:
+        self._registration = registration = store.registration
+        registration.take(streams.pin)
+        self._give_back = weakref.finalize(self, registration.give_back)
+        if registration.refused:
             logger.warning(
                 "%s of %s of experts could not be registered with the device, and are copied on their way",
-                format_size(sum(map(len, self._unpinned))),
-                format_size(sum(map(len, pages))),
+                format_size(sum(map(len, registration.refused))),
+                format_size(sum(map(len, registration.pages))),
             )
-
-    def _register(self, pages: Iterable[range], streams: Streams) -> None:
-        for part in transformers_logging.tqdm(pages, desc="Registering experts with the device", leave=False):
-            release = streams.pin(part.start, len(part))
-            if release is None:
-                self._unpinned.append(part)
-            else:
-                self._releases.append(release)
 
     def image(self, transfer: Transfer) -> SlotImage:
         return self._store.image(transfer.key, transfer.part)
@@ -135,7 +125,7 @@ class HostSource:
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
         name = self.image(transfer).tensors[index].spec.name
         data = self._store.bytes_of(transfer.key, name)[skip : skip + nbytes]
-        if not any(data.data_ptr() in part for part in self._unpinned):
+        if self._registration.reads(data.data_ptr()):
             return data
         return self._rings.room(nbytes).slot(0)[:nbytes].copy_(data)
 
@@ -149,8 +139,7 @@ class HostSource:
         return self._store.describe()
 
     def close(self) -> None:
-        while self._releases:
-            self._releases.pop()()
+        self._give_back()
         self._rings.close()
 
 

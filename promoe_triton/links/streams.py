@@ -6,13 +6,12 @@ Only `links/` makes streams. The computing thread's stream is whatever is curren
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Release = Callable[[], None]
+from promoe_triton.stores.registration import Release
 
 PORTABLE = 1
 """cudaHostRegisterPortable: registered for every GPU of the process, not only for the thread's current one."""
@@ -39,6 +38,18 @@ class Streams(Protocol):
 
     def mark(self) -> Any:
         """Return an event that comes when all work is done that the calling thread has issued so far."""
+        ...
+
+    def settle(self, event: Any) -> None:
+        """Return when an event of `mark` has come."""
+        ...
+
+    def follow(self, last: Any) -> Any:
+        """Let what the calling thread issues from now on begin after all that was issued to the stream `last`.
+
+        Returns the calling thread's stream, and `last` again where nothing was issued to wait: while a graph is
+        captured, whose replays run where their caller says. None: wait for nothing.
+        """
         ...
 
     def lane(self) -> Lane:
@@ -79,6 +90,19 @@ class CudaStreams:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def settle(self, event: Any) -> None:
+        event.synchronize()
+
+    def follow(self, last: Any) -> Any:
+        stream = torch.cuda.current_stream(self._device)
+        if last is None or stream == last:
+            return stream
+        with torch.cuda.device(self._device):
+            if torch.cuda.is_current_stream_capturing():
+                return last
+        stream.wait_stream(last)
+        return stream
+
     def lane(self) -> Lane:
         return CudaLane(self._device)
 
@@ -112,6 +136,12 @@ class HostStreams:
     def mark(self) -> Any:
         return None
 
+    def settle(self, event: Any) -> None:
+        pass
+
+    def follow(self, last: Any) -> Any:
+        return last
+
     def lane(self) -> Lane:
         return HostLane()
 
@@ -121,3 +151,18 @@ class HostStreams:
 
 def streams_of(device: torch.device) -> Streams:
     return CudaStreams(device) if device.type == "cuda" else HostStreams()
+
+
+class Order:
+    """The order of work that shares memory and comes on one stream after the other, as its callers choose.
+
+    Whoever is the only one to issue work calls `follow` first. Work on another stream than the last waits for that one.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        # Memory that is taken now may be memory that work on this stream still reads.
+        self._last = streams.follow(None)
+
+    def follow(self) -> None:
+        self._last = self._streams.follow(self._last)

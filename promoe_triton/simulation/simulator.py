@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from promoe_triton.budget import first_experts, plan_slots
+from promoe_triton.chunking import BUS_LATENCY
 from promoe_triton.config import Config
 from promoe_triton.core import Core, Tally, make_core
 from promoe_triton.counters import Ahead, Counters
@@ -112,9 +113,10 @@ class _Totals:
 class Simulator:
     """One model with its slots and its link. Runs on from where the last run ended.
 
-    config: as at run time; of it device, store and backend mean nothing here, and of predictors only whether there is
-    one: predictions come with the passes. memory: bytes that slots may take where the configuration leaves their number
-    open. slowed: how much longer computing takes while copies are in flight.
+    config: as at run time, with the latency of a bus where it leaves that open; of it device, store and backend mean
+    nothing here, and of predictors only whether there is one: predictions come with the passes. memory: bytes that
+    slots may take where the configuration leaves their number open. slowed: how much longer computing takes while
+    copies are in flight.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class Simulator:
             config.slots, config.partition, shape.needs(), int(memory) if config.slots is None else every
         )
         self.budget, self.shared = budget, budget.shared
-        self.link = FakeLink(DryFiller(shape.cuts), wire, depth=config.depth, chunking=config.cuts)
+        self.link = FakeLink(DryFiller(shape.cuts), wire, depth=config.depth, chunking=config.cuts(BUS_LATENCY))
         tables = budget.tables(shape.specs(), lambda: make_policy(config.replacement, self._popularity))
         self.core = make_core(config, tables, self.link.cuts)
         self.link.restart(self.core)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.protocols import ExpertKey, ExpertSpec, ExpertTensors, Part
 from promoe_triton.stores.image import Piece, SlotImage, slot_image
+from promoe_triton.stores.registration import Registration
 
 
 class ResidentStore:
@@ -47,6 +48,7 @@ class HostStore:
         self._specs = tuple(specs)
         self._layouts = tuple(layouts)
         self._tensors = tuple({name: tensor.detach() for name, tensor in layer.items()} for layer in tensors)
+        self.registration = Registration(self.tensors())
         self._images = {
             (spec, part): _image(spec).of(part) for spec in set(specs) for part in Part.__members__.values()
         }
