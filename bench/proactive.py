@@ -19,10 +19,19 @@ from models import MODEL, large_checkpoint, prompts
 from subjects import OnDisk, Subject
 from timing import interval, ratios, take_turns
 
+from promoe_triton.demo import PREDICTOR
+
 EXPERT_BYTES, LARGE, SMALL = 9_400_000, 17_300_000, 2_400_000
 SHARES = (0.5, 0.75, 0.25, 0.375, 0.125)
 NO_PREDICTION = "preemption + reorder, no prediction"
 STEPS = ("lru", "static", "+prefetch", "+chunks", "+preemption", "all", NO_PREDICTION)
+PREDICTED: dict[str, dict[str, Any]] = {
+    "random": {"predictor": "random"},
+    "gate": {"predictor": "gate"},
+    "learned": {"predictor": PREDICTOR},
+    "gate, LRU": {"predictor": "gate", "policy": "lru"},
+}
+"""Everything on, with other predictors, and with another policy."""
 SLOW = "250MB/s"
 WHOLE_LAYERS = "decode, whole layers, 50.0% in slots"
 
@@ -31,8 +40,8 @@ def options(variant: str) -> dict[str, Any]:
     """Return the configuration of a variant."""
     if variant == NO_PREDICTION:
         return {"predictor": "none"}
-    if variant == "random":
-        return {"predictor": "random"}
+    if variant in PREDICTED:
+        return PREDICTED[variant]
     return {"ablation": variant}
 
 
@@ -104,7 +113,9 @@ def speedup(
     case: str, runs: Mapping[str, Sequence[Run]], ours: str, over: str, target: float | None = None
 ) -> record.Row:
     values = ratios([run.seconds for run in runs[over]], [run.seconds for run in runs[ours]])
-    return record.row(case, f"{ours} / {over}", "speed", "x", values, target=target)
+    low, high = interval(values)
+    note = f"95 % of the mean: {low:.3f} to {high:.3f}" if len(values) > 1 else ""
+    return record.row(case, f"{ours} / {over}", "speed", "x", values, target=target, note=note)
 
 
 def ablation(
@@ -251,6 +262,17 @@ def chance_case(link: str) -> str:
     return f"decode, chance, 50.0% in slots, {link}"
 
 
+def predictors(subject: Subject, results: record.Results, share: float, length: Length) -> None:
+    """Compare learned and training-free predictions with none, and what replaces experts."""
+    case = f"decode, predictors, {share:.1%} in slots"
+    if not results.has(case):
+        results.begin()
+        variants = ("learned", "gate", "gate, LRU", NO_PREDICTION)
+        runs = compare(subject, variants, length, slots=round(subject.experts * share))
+        ratio = [speedup(case, runs, variant, NO_PREDICTION) for variant in variants[:-1]]
+        results.write([*rows_of(case, runs), *ratio, speedup(case, runs, "learned", "gate")])
+
+
 def expert_sizes(results: record.Results, scratch: Path | None, quick: bool) -> None:
     length = Length(warm_up=4, tokens=4, repeats=2) if quick else Length(warm_up=16, tokens=24, repeats=4)
     for nbytes in (SMALL, LARGE):
@@ -270,7 +292,9 @@ def everything(subject: Subject, results: record.Results, quick: bool) -> None:
         )
 
     for share in SHARES[:1] if quick else SHARES:
-        ablation(subject, results, share, length(32, 64, 3), dict.fromkeys(SHARES, 1.0) | {0.5: 1.25, 0.75: 1.25})
+        ablation(subject, results, share, length(32, 128, 3), dict.fromkeys(SHARES, 1.0) | {0.5: 1.25, 0.75: 1.25})
+    for share in (0.5,) if quick else (0.25, 0.5, 0.75):
+        predictors(subject, results, share, length(16, 48, 3))
     for tokens in (16,) if quick else (128, 512, 2048):
         prompt_after_another(subject, results, tokens, 2 if quick else 3)
     chance(subject, results, "the disk", length(16, 24, 12))

@@ -130,11 +130,20 @@ class Results:
     """One benchmark's CSV. What is measured again is appended: the last row of a kind is the one that counts."""
 
     def __init__(
-        self, folder: Path, name: str, force: bool = False, wait: bool = False, about: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        name: str,
+        force: bool = False,
+        wait: bool = False,
+        about: Mapping[str, str] | None = None,
+        only: str = "",
     ) -> None:
-        """Open a file. about: what its rows say of where and when; rows of elsewhere do not count. None: this CPU."""
+        """Open a file. about: what its rows say of where and when; rows of elsewhere do not count. None: this CPU.
+
+        only: what must be in a case's name, for it to be measured.
+        """
         self.path = folder / f"{name}.csv"
-        self._force, self._wait = force, wait
+        self._force, self._wait, self._only = force, wait, only
         self._about = about
         self._since = Usage.now()
 
@@ -145,7 +154,9 @@ class Results:
         self._since = Usage.now()
 
     def has(self, case: str, metric: str | None = None) -> bool:
-        """Whether to skip this case because its rows are there already."""
+        """Whether to skip this case because its rows are there already, or it was not asked for."""
+        if self._only not in case:
+            return True
         if self._force or not self.path.exists():
             return False
         rows = [row for row in read(self.path) if row["case"] == case and metric in (None, row["metric"])]
@@ -267,6 +278,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats: to see that it runs")
     parser.add_argument("--out", type=Path, help=f"folder for the CSV (default: {RESULTS.relative_to(ROOT)})")
     parser.add_argument("--wait", action="store_true", help="before each case, wait until other programs are idle")
+    parser.add_argument("--case", default="", help="only cases with this in their name")
     parser.add_argument("--force", action="store_true", help="measure again what the CSV has already")
     return parser
 
@@ -280,4 +292,6 @@ def folder(args: argparse.Namespace) -> Path:
 
 def results(args: argparse.Namespace, name: str) -> Results:
     """Open the CSV these arguments ask for."""
-    return Results(folder(args), name, force=args.force or (args.quick and not args.out), wait=args.wait)
+    return Results(
+        folder(args), name, force=args.force or (args.quick and not args.out), wait=args.wait, only=args.case
+    )

@@ -13,7 +13,19 @@ from pathlib import Path
 import record
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("proactive", "resident", "overhead", "core", "offload", "urgent", "waiting", "disk", "step", "beyond_ram")
+BENCHMARKS = (
+    "proactive",
+    "resident",
+    "overhead",
+    "core",
+    "predict",
+    "offload",
+    "urgent",
+    "waiting",
+    "disk",
+    "step",
+    "beyond_ram",
+)
 ON_DISK = ("proactive", "offload", "urgent", "waiting", "disk", "step", "beyond_ram")
 
 
@@ -23,6 +35,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder for large checkpoints (default: a temporary one)")
     args = parser.parse_args()
     passed = [f"--{flag}" for flag in ("quick", "force", "wait") if getattr(args, flag)]
+    passed += ["--case", args.case] if args.case else []
     passed += ["--out", str(args.out)] if args.out else []
     failed = []
     for number, name in enumerate(args.only, 1):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from promoe_triton.predictors.gates import Gate, Gates, TokenRoutes
-from promoe_triton.predictors.learned import Correction, Head, Heads
+from promoe_triton.predictors.learned import Head, Heads, Network
 from promoe_triton.predictors.norms import Norm, Standard
 from promoe_triton.predictors.reach import Reach, Target
 from promoe_triton.predictors.scoring import Rule, over_tokens
@@ -114,8 +114,8 @@ class GatePredictor:
             head = self._heads.get(key)
             if head is not None:
                 order = [target.layer for target in self._layers_after[key]]
-                runs = [part for run in runs for part in _learned(run, head.like(run.weight_DG), order)]
-            self._plans[key] = tuple(runs)
+                runs = [part for run in runs for part in _learned(run, head, order)]
+            self._plans[key] = tuple(map(_quick, runs))
         return self._plans[key]
 
     def _confirm(self, source: Gate | TokenRoutes, seen: Observation, state_TD: Tensor) -> None:
@@ -171,7 +171,6 @@ class _Run:
     weight_DG: Tensor
     bias_G: Tensor
     correction_NG: Tensor | None
-    correction: tuple[Tensor, Tensor] | None = None
     network: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def logits(self, u_TD: Tensor) -> Tensor:
@@ -179,11 +178,7 @@ class _Run:
         if self.network is not None:
             in_DR, in_R, out_RG, out_G = self.network
             return torch.addmm(out_G, torch.addmm(in_R, u_TD, in_DR).relu_(), out_RG)
-        logits_TG = torch.addmm(self.bias_G, u_TD, self.weight_DG)
-        if self.correction is not None:
-            code_DR, out_RG = self.correction
-            logits_TG.addmm_(u_TD @ code_DR, out_RG)
-        return logits_TG
+        return torch.addmm(self.bias_G, u_TD, self.weight_DG)
 
     def part(self, begin: int, end: int) -> _Run:
         """Return some of its layers, of the gates alone."""
@@ -200,23 +195,36 @@ class _Run:
 def _learned(run: _Run, head: Head, order: Sequence[int]) -> list[_Run]:
     """Return a run with its part of what was learned. order: the layers in reach, as the head has them."""
     places = [order.index(target.layer) for target in run.targets]
-    if isinstance(head, Correction):
-        return [_corrected(run, head, places)]
     known = sum(place < head.reach for place in places)
+    head = head.like(run.weight_DG)
+    mine = places[:known]
     found = []
     if known:
-        mine = places[:known]
-        network = (head.in_DR, head.in_R, head.out_RHG[:, mine].flatten(1), head.out_HG[mine].flatten())
-        found.append(replace(run.part(0, known), network=network))
+        out_RG = head.out_RHG[:, mine].flatten(1)
+        part = run.part(0, known)
+        if isinstance(head, Network):
+            found.append(replace(part, network=(head.in_DR, head.in_R, out_RG, head.out_HG[mine].flatten())))
+        else:
+            # Added to the gates once, a correction costs nothing.
+            weight_GD = torch.addmm(part.weight_DG.T.float(), out_RG.T.float(), head.code_DR.T.float())
+            found.append(replace(part, weight_DG=weight_GD.to(run.weight_DG.dtype).T))
     if known < len(places):
         found.append(run.part(known, len(places)))
     return found
 
 
-def _corrected(run: _Run, correction: Correction, places: Sequence[int]) -> _Run:
-    nothing_RG = torch.zeros_like(correction.out_RHG[:, 0])
-    parts = [correction.out_RHG[:, i] if i < correction.reach else nothing_RG for i in places]
-    return replace(run, correction=(correction.code_DR, torch.cat(parts, 1)))
+SMALL = 1 << 18
+"""Weights of a product up to which it is fastest in single precision on a CPU: what counts is operations, not bytes.
+Without AVX-512 there are no operations on bf16, and it always is."""
+
+
+def _quick(run: _Run) -> _Run:
+    """Return a run in the precision in which it is fastest."""
+    if run.network is not None or not run.weight_DG.is_cpu:
+        return run
+    if run.weight_DG.numel() > SMALL and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return run
+    return replace(run, weight_DG=run.weight_DG.float(), bias_G=run.bias_G.float())
 
 
 def _banks(gates: Gates) -> list[_Bank]:
