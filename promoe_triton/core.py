@@ -106,6 +106,8 @@ class Core:
         self._expected: list[dict[ExpertKey, int]] = [{} for _ in tables]
         # Copied ahead and not needed yet, with the bytes that were.
         self._unproven: dict[ExpertKey, int] = {}
+        # Needed while still on its way, with the bytes that came ahead and count as useful unless the copy is given up.
+        self._late: dict[ExpertKey, int] = {}
         # By layer: what its last gate needed, but will not soon need again.
         self._cold: list[set[ExpertKey]] = [set() for _ in tables]
 
@@ -176,6 +178,7 @@ class Core:
             self.queue.promote(known, URGENT)
             return known
         if known is not None:
+            self._tallies[key.layer].useful -= self._late.pop(key, 0)
             self._drop(known)
         transfer = Transfer(key=key, part=part)
         self._push(transfer, self._cuts(transfer), URGENT)
@@ -290,6 +293,7 @@ class Core:
         key, urgent = transfer.key, self.queue.rank(transfer) == URGENT
         self.queue.forget(transfer)
         del self._on_way[key]
+        self._late.pop(key, None)
         self.tables[key.layer].filled(key)
         if not urgent:
             self.tables[key.layer].release(key)
@@ -325,12 +329,13 @@ class Core:
         """Count what speculation did for an expert that a layer needs now, and that was copied ahead."""
         if self._note_gone(key):
             return
-        tally = self._tallies[key.layer]
-        tally.useful += self._unproven.pop(key)
+        tally, nbytes = self._tallies[key.layer], self._unproven.pop(key)
+        tally.useful += nbytes
         if self.tables[key.layer].is_ready(key):
             tally.on_time += 1
         else:
             tally.late += 1
+            self._late[key] = nbytes
 
     def _note_gone(self, key: ExpertKey) -> bool:
         """Count an expert that was copied ahead and has left before anybody needed it; whether it has."""
@@ -347,8 +352,9 @@ class Core:
         key, nbytes = chunk.transfer.key, chunk.end - chunk.begin
         tally = self._tallies[key.layer]
         tally.copied += nbytes
-        if self.queue.rank(chunk.transfer) == URGENT:
-            tally.useful += nbytes  # a layer has come to wait for it meanwhile
+        if key in self._late and not self.queue.stopped(chunk.transfer):
+            tally.useful += nbytes
+            self._late[key] += nbytes
         elif key in self._unproven:
             self._unproven[key] += nbytes
 

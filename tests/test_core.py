@@ -485,3 +485,24 @@ def test_bytes_copied_ahead_are_useful_where_they_are_needed() -> None:
         pass
     assert (total(core).copied, total(core).useful) == (8 * PAGE, 8 * PAGE), "the rest of 1 was waited for"
     assert (total(core).issued, total(core).on_time, total(core).late) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("landed", [False, True])
+def test_bytes_of_a_late_copy_that_is_given_up_are_not_useful(landed: bool) -> None:
+    core = make_core([4, 4, 4])
+    core.predict(core.position_of(0, 0), [ExpertKey(0, 0)], 100 * PAGE)
+    for _ in range(2):
+        drive(core)
+    out = core.next_chunk(PAGE)
+    assert out is not None
+    core.gate(0, [0])
+    if landed:
+        core.landed(out)
+    assert total(core).useful == (3 if landed else 2) * PAGE
+    core.ask(ExpertKey(0, 0), Part.UP)
+    if not landed:
+        core.landed(out)
+    assert (total(core).copied, total(core).useful) == (3 * PAGE, 0)
+    while drive(core):
+        pass
+    assert (total(core).copied, total(core).useful, total(core).late) == (3 * PAGE, 0, 1)
