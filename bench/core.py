@@ -12,6 +12,7 @@ import time
 
 import record
 
+from promoe_triton.config import Config
 from promoe_triton.core import Core
 from promoe_triton.policies import make_policy
 from promoe_triton.protocols import Cuts, ExpertKey, Part, Transfer
@@ -29,7 +30,7 @@ class Model:
     """Layers that need `misses` absent experts each, on average, and otherwise what is in slots."""
 
     def __init__(self, misses: float, seed: int = 0) -> None:
-        tables = [SlotTable(range(SLOTS), make_policy("lru", {})) for _ in range(LAYERS)]
+        tables = [SlotTable(range(SLOTS), make_policy(Config().replacement, {})) for _ in range(LAYERS)]
         self.core = Core(tables, cuts)
         self._misses = misses
         self._random = random.Random(seed)

@@ -108,15 +108,18 @@ class Predicted:
         # What counts grows instead of what was counted shrinking: no event touches more than one expert.
         self._one = 1.0
         self._counts: dict[ExpertKey, float] = {}
-        self._inside: dict[ExpertKey, bool] = {}
+        self._inside: dict[ExpertKey, None] = {}
+        self._cold: dict[ExpertKey, None] = {}
 
     def admitted(self, key: ExpertKey, cold: bool = False) -> None:
-        self._inside[key] = cold
+        self._counts.setdefault(key, 0.0)
+        self._inside[key] = None
+        if cold:
+            self._cold[key] = None
 
     def used(self, key: ExpertKey) -> None:
         self._count(key, self._one)
-        if key in self._inside:
-            self._inside[key] = False
+        self._cold.pop(key, None)
         self._one *= 2.0 ** (1.0 / (self.HALF_LIFE * len(self._counts)))
         if self._one > 1e100:
             self._counts = {key: count / self._one for key, count in self._counts.items()}
@@ -130,15 +133,16 @@ class Predicted:
 
     def evicted(self, key: ExpertKey) -> None:
         del self._inside[key]
+        self._cold.pop(key, None)
 
     def victim(self, kept: Container[ExpertKey]) -> ExpertKey | None:
-        # min() takes the first of equals, and the order is that of admission: first in, first out.
-        counts = self._counts
-        return min(
-            (key for key in self._inside if key not in kept),
-            key=lambda key: -1.0 if self._inside[key] else counts.get(key, 0.0),
-            default=None,
-        )
+        # Of equals the first is taken, and the order is that of admission: first in, first out. To ask what is kept
+        # takes longer than to sort.
+        for keys in (self._cold, sorted(self._inside, key=self._counts.__getitem__)):
+            for key in keys:
+                if key not in kept:
+                    return key
+        return None
 
 
 class Static:

@@ -47,8 +47,7 @@ def predicted_victim(history: list[tuple[str, ExpertKey]], free: set[ExpertKey])
     counts: dict[ExpertKey, float] = {}
     admitted = {key: time for time, (event, key) in enumerate(history) if event == "admit"}
     for event, key in history:
-        if event != "admit":
-            counts[key] = counts.get(key, 0.0) + {"use": 1.0, "expect": Predicted.NEARLY}[event]
+        counts[key] = counts.get(key, 0.0) + {"admit": 0.0, "use": 1.0, "expect": Predicted.NEARLY}[event]
         if event == "use":
             faded = 0.5 ** (1.0 / (Predicted.HALF_LIFE * len(counts)))
             counts = {key: count * faded for key, count in counts.items()}
