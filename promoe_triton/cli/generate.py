@@ -45,7 +45,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.", show_default="another each time")] = None,
     io: Annotated[str, typer.Option(help="How experts are read: auto, buffered or direct.")] = "auto",
-    policy: Annotated[str, typer.Option(help=f"Which expert leaves: {', '.join(POLICIES)}.")] = "lru",
+    policy: Annotated[str, typer.Option(help=f"Which expert leaves: auto, {', '.join(POLICIES)}.")] = "auto",
     predictor: Annotated[
         str, typer.Option(help=f"What says which experts to copy ahead: {', '.join(PREDICTORS)}, or a file.")
     ] = "auto",
