@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-import promoe_triton
-from promoe_triton.cli.generation import TRUST
+from promoe_triton.cli.generation import TRUST, load_routers
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress
 from promoe_triton.config import LEARNED
 from promoe_triton.errors import PromoeError
@@ -94,15 +93,7 @@ def _question(
     link: float,
     trust: bool,
 ) -> Question:
-    # Routers and norms are all that is needed of it: as few slots as there can be, and nothing read into them.
-    patched = promoe_triton.from_pretrained(
-        model or trace.about["model"],
-        slots=len(trace.layers),
-        device="cpu",
-        warm=False,
-        predictor="none",
-        trust_remote_code=trust,
-    )
+    patched = load_routers(model, trace, trust)
     experts = experts_of(patched)
 
     def making(name: str) -> Callable[[], Predictor]:

@@ -18,6 +18,7 @@ from promoe_triton.config import Slots, format_size
 from promoe_triton.counters import Stats
 from promoe_triton.errors import PromoeError
 from promoe_triton.loading import refuse_untrusted
+from promoe_triton.traces import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,21 @@ def check_exists(name: str) -> None:
 
 TRUST = "Run the model's own code, if it brings any: read it before."
 """What --trust-remote-code does. It is always given to transformers, which asks on stdin where it is left open."""
+
+
+def load_routers(name: str | None, trace: Trace, trust: bool) -> Any:
+    """Load the model that was traced for its routers and norms: as few slots as there can be, nothing read into them.
+
+    name: None takes the one in the trace.
+    """
+    return promoe_triton.from_pretrained(
+        name or trace.about["model"],
+        slots=len(trace.layers),
+        device="cpu",
+        warm=False,
+        predictor="none",
+        trust_remote_code=trust,
+    )
 
 
 def load_tokenizer(name: str, trust: bool = False) -> Any:

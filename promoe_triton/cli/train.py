@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-import promoe_triton
-from promoe_triton.cli.generation import TRUST
+from promoe_triton.cli.generation import TRUST, load_routers
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress
 from promoe_triton.config import LEARNED, format_size
 from promoe_triton.predictors.gates import read_gates
@@ -48,15 +47,7 @@ def train_command(
         raise ValueError(f"there is no folder {out.parent} to write a predictor to")
     trace = read_trace(traces)
     recipe = Recipe(network=network, distance=distance, rank=rank, width=width, epochs=epochs, seed=seed)
-    # Routers and norms are all that is needed of it: as few slots as there can be, and nothing read into them.
-    patched = promoe_triton.from_pretrained(
-        model or trace.about["model"],
-        slots=len(trace.layers),
-        device="cpu",
-        warm=False,
-        predictor="none",
-        trust_remote_code=trust,
-    )
+    patched = load_routers(model, trace, trust)
     gates = read_gates(patched, experts_of(patched))
     check_trace(trace, gates)
     with steps_progress("Training", len(sources(gates, distance))) as step:
