@@ -294,3 +294,19 @@ def test_an_option_that_is_not_one_is_named(options: dict[str, Any], words: str)
 def test_a_slip_of_the_pen_does_not_go_to_transformers(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"there is no option 'predicter'; did you mean predictor\?"):
         promoe_triton.from_pretrained(str(tmp_path), predicter="gate")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "predicted"),
+        ({"ablation": "lru"}, "lru"),
+        ({"ablation": "+reorder"}, "lru"),
+        ({"ablation": "static"}, "static"),
+        ({"ablation": "layer", "policy": "lfru"}, "static"),
+        ({"policy": "lfru"}, "lfru"),
+        ({"ablation": "+prefetch", "policy": "predicted"}, "predicted"),
+    ],
+)
+def test_which_policy_is_meant(options: dict[str, Any], name: str) -> None:
+    assert Config(**options).replacement == name
