@@ -21,13 +21,13 @@ from promoe_triton.config import Config
 from promoe_triton.demo import PREDICTOR
 from promoe_triton.predictors import GatePredictor, Gates, Reach, read_gates
 from promoe_triton.predictors.gates import Gate
-from promoe_triton.predictors.learned import Correction, Heads, load_heads
+from promoe_triton.predictors.learned import Head, Heads, load_heads
 from promoe_triton.protocols import Observation
 from promoe_triton.tracing import experts_of
 from promoe_triton.training import sources
 
 DISTANCE = Config().distance
-RANK = 48
+WIDTH = 128
 LAYERS = 6
 TARGETS = {"packaged model": 50.0, "hidden size 2048, 128 experts": 150.0}
 
@@ -48,8 +48,12 @@ def large() -> tuple[Gates, Heads]:
         gate = gates.layers[source[0]]
         assert isinstance(gate, Gate)
         G, D = gate.weight_GD.shape
-        code_DR = torch.randn(D, RANK).to(gate.weight_GD) * D**-0.5
-        heads[source] = Correction(code_DR=code_DR, out_RHG=torch.randn(RANK, len(targets), G).to(gate.weight_GD))
+        head = Head(
+            in_DR=torch.randn(D, WIDTH) * D**-0.5,
+            in_R=torch.zeros(WIDTH),
+            out_RHG=torch.randn(WIDTH, len(targets), G),
+        )
+        heads[source] = head.like(gate.weight_GD)
     return gates, heads
 
 
@@ -98,7 +102,7 @@ def main() -> None:
         G, D = gate.weight_GD.shape
         rows = []
         for name, values in taken.items():
-            weights = DISTANCE * G * D
+            weights = DISTANCE * G * D + (WIDTH * (D + DISTANCE * G) if name == "learned" else 0)
             note = f"{weights:,} weights read, {2 * weights / 1e6:.2f} MFLOP, {DISTANCE} layers ahead"
             micros = [value * 1e6 for value in values]
             rows.append(

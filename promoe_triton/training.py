@@ -1,6 +1,6 @@
 """Training the learned predictor from a trace, in minutes on a CPU (paper, section on the learned predictor).
 
-For each layer and seam a correction of low rank is fitted (or the paper's network, to compare with), so that the logits
+For each layer and seam a correction to the gates is fitted (or the paper's network, to compare with), so that logits
 of the layers in reach come near to what their routers then gave: least divergence between both softmaxes, by Adam.
 Documents, never tokens, are held out; a correction that does not get better on those stays zero.
 
@@ -10,7 +10,7 @@ Letters: N tokens, H layers in reach, G rows of a router, D model dim, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from promoe_triton.errors import PromoeError
 from promoe_triton.predictors.gates import Gate, Gates
-from promoe_triton.predictors.learned import Correction, Head, Network, Source
+from promoe_triton.predictors.learned import Head, Source
 from promoe_triton.predictors.reach import Reach, Target
 from promoe_triton.protocols import Seam
 from promoe_triton.traces import Document, Trace
@@ -28,14 +28,13 @@ from promoe_triton.traces import Document, Trace
 class Recipe:
     """How to train.
 
-    network: the paper's network instead of a correction. distance: layers ahead. rank: R of a correction, width: of a
-    network. patience: epochs without progress before it ends.
+    network: the paper's network instead of a correction. distance: layers ahead. width: R, hidden units. patience:
+    epochs without progress before it ends.
     """
 
     network: bool = False
     distance: int = 4
-    rank: int = 32
-    width: int = 1024
+    width: int = 128
     epochs: int = 30
     patience: int = 3
     batch: int = 1024
@@ -181,9 +180,9 @@ def _logits(gate: Gate, u_TD: Tensor) -> Tensor:
 def _fit(examples: _Examples, tests: _Examples, gates: Gates, targets: Sequence[Target], recipe: Recipe) -> Head:
     generator = torch.Generator().manual_seed(recipe.seed)
     joined = _joined(gates, targets)
-    D, H, R = joined[0].shape[0], len(targets), recipe.width if recipe.network else recipe.rank
-    head = _new(D, R, H, joined[0].shape[1] // H, recipe.network, generator)
-    parameters = [getattr(head, field.name).requires_grad_() for field in fields(head)]
+    D, H = joined[0].shape[0], len(targets)
+    head = _new(D, recipe.width, H, joined[0].shape[1] // H, recipe.network, generator)
+    parameters = [tensor.requires_grad_() for tensor in head.tensors().values()]
 
     def loss(u_ND: Tensor, truth_NHG: Tensor) -> Tensor:
         found = F.log_softmax(_head_logits(head, joined, u_ND), -1)
@@ -213,8 +212,7 @@ def _fit(examples: _Examples, tests: _Examples, gates: Gates, targets: Sequence[
         if since >= recipe.patience:
             break
     dtype = _gate(gates, targets[0].layer).weight_GD.dtype
-    names = [field.name for field in fields(head)]
-    return type(head)(**{name: tensor.to(dtype) for name, tensor in zip(names, best, strict=True)})
+    return Head(**{name: tensor.to(dtype) for name, tensor in zip(head.tensors(), best, strict=True)})
 
 
 PART = 16384
@@ -223,23 +221,20 @@ PART = 16384
 
 def _new(D: int, R: int, H: int, G: int, network: bool, generator: torch.Generator) -> Head:
     """Return what to start from: a correction by nothing, or a network with random weights."""
-    into_DR = torch.randn(D, R, generator=generator) * D**-0.5
+    in_DR = torch.randn(D, R, generator=generator) * D**-0.5
     if not network:
-        return Correction(code_DR=into_DR, out_RHG=torch.zeros(R, H, G))
+        return Head(in_DR=in_DR, in_R=torch.zeros(R), out_RHG=torch.zeros(R, H, G))
     out_RHG = torch.randn(R, H, G, generator=generator) * R**-0.5
-    return Network(in_DR=into_DR, in_R=torch.zeros(R), out_RHG=out_RHG, out_HG=torch.zeros(H, G))
+    return Head(in_DR=in_DR, in_R=torch.zeros(R), out_RHG=out_RHG, out_HG=torch.zeros(H, G))
 
 
 def _head_logits(head: Head, gates: tuple[Tensor, Tensor], u_ND: Tensor) -> Tensor:
     """Return the logits [N, H, G] of all targets. gates: their weights and biases, joined."""
     _, H, G = head.out_RHG.shape
-    out_RX = head.out_RHG.flatten(1).float()
-    if isinstance(head, Network):
-        inner_NR = torch.addmm(head.in_R.float(), u_ND, head.in_DR.float()).relu()
-        logits_NX = torch.addmm(head.out_HG.flatten().float(), inner_NR, out_RX)
-    else:
-        weight_DX, bias_X = gates
-        logits_NX = torch.addmm(bias_X, u_ND, weight_DX) + (u_ND @ head.code_DR.float()) @ out_RX
+    weight_DX, bias_X = gates
+    said_NX = torch.addmm(bias_X, u_ND, weight_DX) if head.out_HG is None else head.out_HG.flatten().float()
+    inner_NR = torch.addmm(head.in_R.float(), u_ND, head.in_DR.float()).relu()
+    logits_NX = torch.addmm(said_NX, inner_NR, head.out_RHG.flatten(1).float())
     return logits_NX.view(len(u_ND), H, G)
 
 

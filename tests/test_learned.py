@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import promoe_triton
 from promoe_triton.cli.commands import app
 from promoe_triton.errors import PromoeError
 from promoe_triton.predictors import GatePredictor, Gates, Reach, read_gates
-from promoe_triton.predictors.learned import Correction, Network, Source, load_heads, save_heads
+from promoe_triton.predictors.learned import Head, Source, load_heads, save_heads
 from promoe_triton.protocols import Observation, Prediction, Seam
 from promoe_triton.traces import Trace, TraceWriter, read_trace
 from promoe_triton.tracing import Tracer, experts_of
@@ -53,14 +52,15 @@ def gates_of(model: Any) -> Gates:
     return read_gates(model, experts_of(model))
 
 
-def drawn(gates: Gates, distance: int = 2, scale: float = 1.0) -> dict[Source, Correction]:
+def drawn(gates: Gates, distance: int = 2, scale: float = 1.0) -> dict[Source, Head]:
     generator = torch.Generator().manual_seed(1)
     found = {}
     for source, targets in sources(gates, distance).items():
         gate: Any = gates.layers[source[0]]
         G, D = gate.weight_GD.shape
-        found[source] = Correction(
-            code_DR=torch.randn(D, RANK, generator=generator),
+        found[source] = Head(
+            in_DR=torch.randn(D, RANK, generator=generator),
+            in_R=torch.randn(RANK, generator=generator),
             out_RHG=torch.randn(RANK, len(targets), G, generator=generator) * scale,
         )
     return found
@@ -115,7 +115,8 @@ class TestPredictor:
                 gate: Any = gates.layers[target.layer]
                 correction = corrections[seen.layer, seen.seam]
                 logits_TG = u_TD @ gate.weight_GD.T + gate.bias_G
-                logits_TG += u_TD @ correction.code_DR @ correction.out_RHG[:, place]
+                inner_TR = (u_TD @ correction.in_DR + correction.in_R).relu()
+                logits_TG += inner_TR @ correction.out_RHG[:, place]
                 scores_E = gate.rule.scores(logits_TG, gate.correction_G).sum(0)
                 best = scores_E.topk(len(prediction.expert_ids))
                 torch.testing.assert_close(prediction.scores, best.values)
@@ -141,7 +142,7 @@ class TestFile:
         got = load_heads(tmp_path / "p.safetensors", gates)
         assert got.keys() == want.keys()
         for source in want:
-            assert torch.equal(got[source].code_DR, want[source].code_DR)
+            assert torch.equal(got[source].in_DR, want[source].in_DR)
             assert torch.equal(got[source].out_RHG, want[source].out_RHG)
 
     def test_of_another_model(self, tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ class TestTraining:
         model = build()
         gates = gates_of(model)
         trace = record(model, tmp_path / "t")
-        corrections, scores = train(trace, gates, Recipe(distance=2, rank=4, epochs=20, rate=0.02, batch=64))
+        corrections, scores = train(trace, gates, Recipe(distance=2, width=16, epochs=30, rate=0.01, batch=64))
         assert corrections.keys() == sources(gates, 2).keys()
         assert {(0, "ENTERED"), (0, "ROUTED"), (len(gates.layers) - 1, "LEFT")} <= {(s.layer, s.seam) for s in scores}
         gate, learned = (sum(getattr(score, name) for score in scores) for name in ("gate", "learned"))
@@ -214,8 +215,8 @@ class TestTraining:
         found = load_heads(tmp_path / "p.safetensors", gates)
         assert found.keys() == heads.keys()
         for source, head in heads.items():
-            assert isinstance(head, Network)
-            assert all(torch.equal(getattr(found[source], f.name), getattr(head, f.name)) for f in fields(head))
+            assert found[source].tensors().keys() == head.tensors().keys() >= {"out_HG"}
+            assert all(torch.equal(tensor, head.tensors()[name]) for name, tensor in found[source].tensors().items())
         for distance in (1, 2, 3):
             predictor = GatePredictor(gates, Reach(distance=distance), found)
             plain = GatePredictor(gates, Reach(distance=distance))
@@ -239,13 +240,13 @@ class TestTraining:
 
     def test_the_same_seed_gives_the_same(self, tmp_path: Path) -> None:
         model = build()
-        trace, recipe = record(model, tmp_path), Recipe(distance=1, rank=2, epochs=2, batch=64)
+        trace, recipe = record(model, tmp_path), Recipe(distance=1, width=2, epochs=2, batch=64)
         first, second = (train(trace, gates_of(model), recipe)[0] for _ in range(2))
         assert all(torch.equal(first[source].out_RHG, second[source].out_RHG) for source in first)
 
     def test_what_gets_no_better_stays_zero(self, tmp_path: Path) -> None:
         model = build()
-        recipe = Recipe(distance=1, rank=2, epochs=3, batch=64, rate=1e3)
+        recipe = Recipe(distance=1, width=2, epochs=3, batch=64, rate=1e3)
         corrections, scores = train(record(model, tmp_path), gates_of(model), recipe)
         assert not any(correction.out_RHG.any() for correction in corrections.values())
         assert all(score.gate == score.learned for score in scores)
@@ -285,7 +286,7 @@ class TestTraining:
         record(build(), tmp_path / "t")
         arguments = ["train", str(tmp_path / "t"), "--model", str(tmp_path / "model"), "--distance", "1"]
         out = tmp_path / "p.safetensors"
-        done = CliRunner().invoke(app, [*arguments, "--epochs", "2", "--rank", "2", "--out", str(out), "--json"])
+        done = CliRunner().invoke(app, [*arguments, "--epochs", "2", "--width", "2", "--out", str(out), "--json"])
         assert done.exit_code == 0, done.output
         assert len(json.loads(done.stdout)["scores"]) == sum(map(len, sources(gates_of(build()), 1).values()))
         assert load_heads(out, gates_of(build()))

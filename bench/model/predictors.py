@@ -74,7 +74,7 @@ def main() -> None:
         slots = ["--slots", "1.0", "--device", "cpu"]
         command("trace", args.model, "--text", work / f"{name}.txt", "--out", work / name, *slots, *more)
     made = []
-    for kind, options in (("learned", ["--rank", "48"]), ("network", ["--network", "--width", "512"])):
+    for kind, options in (("learned", ["--width", "128"]), ("network", ["--network", "--width", "512"])):
         made.append(work / f"{kind}.safetensors")
         if not made[-1].exists():
             command("train", work / "trained", "--out", made[-1], "--model", args.model, "--epochs", "12", *options)

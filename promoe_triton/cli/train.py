@@ -30,8 +30,7 @@ def train_command(
     ] = None,
     distance: Annotated[int, typer.Option(min=1, help="How many layers ahead.")] = RECIPE.distance,
     network: Annotated[bool, typer.Option("--network", help="The paper's plain network, to compare with.")] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of what is learned.")] = RECIPE.rank,
-    width: Annotated[int, typer.Option(min=1, help="Width of the plain network.")] = RECIPE.width,
+    width: Annotated[int, typer.Option(min=1, help="Hidden units; the paper's network has 1024.")] = RECIPE.width,
     epochs: Annotated[int, typer.Option(min=1, help="At most so many.")] = RECIPE.epochs,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the start.")] = RECIPE.seed,
     trust: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
@@ -46,7 +45,7 @@ def train_command(
     if not out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} to write a predictor to")
     trace = read_trace(traces)
-    recipe = Recipe(network=network, distance=distance, rank=rank, width=width, epochs=epochs, seed=seed)
+    recipe = Recipe(network=network, distance=distance, width=width, epochs=epochs, seed=seed)
     patched = load_routers(model, trace, trust)
     gates = read_gates(patched, experts_of(patched))
     check_trace(trace, gates)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from promoe_triton.predictors.gates import Gate, Gates, TokenRoutes
-from promoe_triton.predictors.learned import Head, Heads, Network
+from promoe_triton.predictors.learned import Head, Heads
 from promoe_triton.predictors.norms import Norm, Standard
 from promoe_triton.predictors.reach import Reach, Target
 from promoe_triton.predictors.scoring import Rule, over_tokens
@@ -163,7 +163,10 @@ class _Bank:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Run:
-    """Consecutive layers of a bank, as one product: of their gates, corrected, or of a network in place of them."""
+    """Consecutive layers of a bank, as one product.
+
+    inner: what was learned, (in_DR, in_R, out_RG). gated: whether that is added to what the gates say, or to the bias.
+    """
 
     targets: tuple[Target, ...]
     experts: int
@@ -171,14 +174,16 @@ class _Run:
     weight_DG: Tensor
     bias_G: Tensor
     correction_NG: Tensor | None
-    network: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    inner: tuple[Tensor, Tensor, Tensor] | None = None
+    gated: bool = True
 
     def logits(self, u_TD: Tensor) -> Tensor:
         """Return the logits of all its layers, [T, N G]."""
-        if self.network is not None:
-            in_DR, in_R, out_RG, out_G = self.network
-            return torch.addmm(out_G, torch.addmm(in_R, u_TD, in_DR).relu_(), out_RG)
-        return torch.addmm(self.bias_G, u_TD, self.weight_DG)
+        said_TG = torch.addmm(self.bias_G, u_TD, self.weight_DG) if self.gated else self.bias_G
+        if self.inner is None:
+            return said_TG
+        in_DR, in_R, out_RG = self.inner
+        return torch.addmm(said_TG, torch.addmm(in_R, u_TD, in_DR).relu_(), out_RG)
 
     def part(self, begin: int, end: int) -> _Run:
         """Return some of its layers, of the gates alone."""
@@ -200,14 +205,10 @@ def _learned(run: _Run, head: Head, order: Sequence[int]) -> list[_Run]:
     mine = places[:known]
     found = []
     if known:
-        out_RG = head.out_RHG[:, mine].flatten(1)
-        part = run.part(0, known)
-        if isinstance(head, Network):
-            found.append(replace(part, network=(head.in_DR, head.in_R, out_RG, head.out_HG[mine].flatten())))
-        else:
-            # Added to the gates once, a correction costs nothing.
-            weight_GD = torch.addmm(part.weight_DG.T.float(), out_RG.T.float(), head.code_DR.T.float())
-            found.append(replace(part, weight_DG=weight_GD.to(run.weight_DG.dtype).T))
+        part = replace(run.part(0, known), inner=(head.in_DR, head.in_R, head.out_RHG[:, mine].flatten(1)))
+        if head.out_HG is not None:
+            part = replace(part, gated=False, bias_G=head.out_HG[mine].flatten())
+        found.append(part)
     if known < len(places):
         found.append(run.part(known, len(places)))
     return found
@@ -220,11 +221,15 @@ Without AVX-512 there are no operations on bf16, and it always is."""
 
 def _quick(run: _Run) -> _Run:
     """Return a run in the precision in which it is fastest."""
-    if run.network is not None or not run.weight_DG.is_cpu:
+    if not run.weight_DG.is_cpu:
         return run
     if run.weight_DG.numel() > SMALL and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return run
-    return replace(run, weight_DG=run.weight_DG.float(), bias_G=run.bias_G.float())
+    inner = None
+    if run.inner is not None:
+        in_DR, in_R, out_RG = run.inner
+        inner = (in_DR.float(), in_R.float(), out_RG.float())
+    return replace(run, weight_DG=run.weight_DG.float(), bias_G=run.bias_G.float(), inner=inner)
 
 
 def _banks(gates: Gates) -> list[_Bank]:

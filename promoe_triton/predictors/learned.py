@@ -2,13 +2,13 @@
 the learned predictor).
 
 The paper trains a network for each layer from nothing. The later layer's own gate is a better start, and holds on text
-unlike that of the training, so what is learned is only a correction to its logits, of low rank: where nothing is to be
-learned it is zero, and the gate is what is left.
+unlike that of the training, so what is learned is only a correction to its logits, through a few hidden units: where
+nothing is to be learned it is zero, and the gate is what is left.
 
-    logits = u W + b + (u C) O         u the standardised state [T, D], W and b the gates of the layers in reach
-    logits = relu(u C + c) O + o       the paper's network, to compare with
+    logits = u W + b + relu(u C + c) O       u the standardised state [T, D], W and b the gates of the layers in reach
+    logits = o + relu(u C + c) O             the paper's network, to compare with
 
-Letters: D model dim, R rank of the correction or width of the network, H layers in reach of a seam, G rows of a router.
+Letters: D model dim, R hidden units, H layers in reach of a seam, G rows of a router.
 """
 
 from __future__ import annotations
@@ -35,50 +35,35 @@ Source = tuple[int, Seam]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Correction:
-    """What is added to the logits of the layers in reach of one source: (u code_DR) out_RHG, nearest layer first."""
+class Head:
+    """What was learned for one source, nearest layer first: relu(u in_DR + in_R) out_RHG, added to the gates' logits.
 
-    code_DR: Tensor
-    out_RHG: Tensor
-
-    @property
-    def reach(self) -> int:
-        """Return H, how many layers it corrects; those beyond keep what their gates say."""
-        return int(self.out_RHG.shape[1])
-
-    def like(self, matrix: Tensor) -> Correction:
-        """Return this correction where `matrix` is, in its dtype."""
-        return Correction(code_DR=self.code_DR.to(matrix), out_RHG=self.out_RHG.to(matrix))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Network:
-    """One hidden layer in place of the gates in reach of one source: relu(u in_DR + in_R) out_RHG + out_HG."""
+    out_HG: added instead of the gates' logits; None: those are what it is added to.
+    """
 
     in_DR: Tensor
     in_R: Tensor
     out_RHG: Tensor
-    out_HG: Tensor
+    out_HG: Tensor | None = None
 
     @property
     def reach(self) -> int:
-        """Return H, of how many layers it speaks; those beyond are asked by their gates."""
-        return int(self.out_HG.shape[0])
+        """Return H, of how many layers it speaks; those beyond are asked by their gates alone."""
+        return int(self.out_RHG.shape[1])
 
-    def like(self, matrix: Tensor) -> Network:
-        """Return this network where `matrix` is, in its dtype."""
-        return Network(**{field.name: getattr(self, field.name).to(matrix) for field in fields(self)})
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what it consists of, by field."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def like(self, matrix: Tensor) -> Head:
+        """Return this head where `matrix` is, in its dtype."""
+        return Head(**{name: tensor.to(matrix) for name, tensor in self.tensors().items()})
 
-Head = Correction | Network
-"""What was learned for one source."""
 
 Heads = Mapping[Source, Head]
 
-_NAMES: dict[type[Head], dict[str, str]] = {
-    Correction: {"code": "code_DR", "out": "out_RHG"},
-    Network: {"in": "in_DR", "in_bias": "in_R", "out": "out_RHG", "out_bias": "out_HG"},
-}
+_NAMES = {"in": "in_DR", "in_bias": "in_R", "out": "out_RHG", "out_bias": "out_HG"}
 """What the tensors of a head are called in a file."""
 
 
@@ -95,10 +80,10 @@ def fingerprint(gates: Gates) -> str:
 
 def save_heads(path: Path, heads: Heads, gates: Gates, report: Mapping[str, object]) -> None:
     """Write a predictor for the model whose gates these are. report: how it was made, for people."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for (layer, seam), head in heads.items():
-        for name, field in _NAMES[type(head)].items():
-            tensors[f"{layer}.{seam.name}.{name}"] = getattr(head, field).contiguous()
+        found = head.tensors()
+        tensors |= {f"{layer}.{seam.name}.{n}": found[f].contiguous() for n, f in _NAMES.items() if f in found}
     about = {"format": FORMAT, "gates": fingerprint(gates), "report": json.dumps(report)}
     partial = path.with_name(f"{path.name}.part")
     save_file(tensors, partial, metadata=about)
@@ -120,10 +105,5 @@ def load_heads(path: Path, gates: Gates) -> dict[Source, Head]:
     parts: dict[Source, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         layer, seam, name = full.split(".")
-        parts.setdefault((int(layer), Seam[seam]), {})[name] = tensor
-    return {source: _head(found) for source, found in parts.items()}
-
-
-def _head(parts: Mapping[str, Tensor]) -> Head:
-    kind = Network if "in" in parts else Correction
-    return kind(**{field: parts[name] for name, field in _NAMES[kind].items()})
+        parts.setdefault((int(layer), Seam[seam]), {})[_NAMES[name]] = tensor
+    return {source: Head(**found) for source, found in parts.items()}
