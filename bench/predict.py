@@ -27,7 +27,7 @@ from promoe_triton.tracing import experts_of
 from promoe_triton.training import sources
 
 DISTANCE = Config().distance
-WIDTH = 128
+WIDTH = 256
 LAYERS = 6
 TARGETS = {"packaged model": 50.0, "hidden size 2048, 128 experts": 150.0}
 

@@ -34,7 +34,7 @@ class Recipe:
 
     network: bool = False
     distance: int = 4
-    width: int = 128
+    width: int = 256
     epochs: int = 30
     patience: int = 3
     batch: int = 1024

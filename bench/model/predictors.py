@@ -74,10 +74,13 @@ def main() -> None:
         slots = ["--slots", "1.0", "--device", "cpu"]
         command("trace", args.model, "--text", work / f"{name}.txt", "--out", work / name, *slots, *more)
     made = []
-    for kind, options in (("learned", ["--width", "128"]), ("network", ["--network", "--width", "512"])):
+    for kind, options in (
+        ("learned", ["--width", "256", "--epochs", "6"]),
+        ("network", ["--network", "--width", "512", "--epochs", "12"]),
+    ):
         made.append(work / f"{kind}.safetensors")
         if not made[-1].exists():
-            command("train", work / "trained", "--out", made[-1], "--model", args.model, "--epochs", "12", *options)
+            command("train", work / "trained", "--out", made[-1], "--model", args.model, *options)
     if args.ship:
         shutil.copyfile(made[0], ROOT / DEMO / "predictor.safetensors")
     found = ["--out", out / f"{args.name}.csv", "--figure", out / f"{args.name}.png", "--model", args.model]
