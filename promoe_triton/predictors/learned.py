@@ -28,7 +28,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.predictors.gates import Gate, Gates
 from promoe_triton.protocols import Seam
 
-FORMAT = "promoe predictor 1"
+FORMAT = "promoe predictor 2"
 
 Source = tuple[int, Seam]
 """From where a prediction is made: a layer, and a seam of it."""
