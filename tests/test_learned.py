@@ -10,14 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 from zoo import FAMILIES
 
 import promoe_triton
 from promoe_triton.cli.commands import app
+from promoe_triton.demo import MODEL, PREDICTOR
 from promoe_triton.errors import PromoeError
-from promoe_triton.predictors import GatePredictor, Gates, Reach, read_gates
+from promoe_triton.evaluation.measures import accuracy
+from promoe_triton.evaluation.replay import replay
+from promoe_triton.predictors import GatePredictor, Gates, Reach, find_layers, read_gates
 from promoe_triton.predictors.learned import Head, Source, load_heads, save_heads
 from promoe_triton.protocols import Observation, Prediction, Seam
 from promoe_triton.traces import Trace, TraceWriter, read_trace
@@ -293,3 +296,26 @@ class TestTraining:
         bad = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "p.bin")])
         assert bad.exit_code == 2
         assert "must end in .safetensors" in " ".join(bad.output.split())
+
+
+def test_the_packaged_one_knows_the_packaged_model(tmp_path: Path) -> None:
+    """On held-out text it is better than the gates at every distance, and knows the first layer before its attention."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    gates = gates_of(model)
+    heads = load_heads(PREDICTOR, gates)
+    assert heads.keys() == sources(gates, 4).keys()
+    text = (MODEL.parent / "heldout.txt").read_text()[5000:7000]
+    ids = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"][:256]
+    with Tracer(model) as tracer:
+        writer = TraceWriter(tmp_path, {"model": "demo"}, tracer.layers, 10_000)
+        writer.add(tracer.document(ids, 32, 256))
+        writer.flush()
+    document, layers = next(read_trace(tmp_path).read()), find_layers(model, experts_of(model))
+    found = {}
+    for name, learned in (("gate", None), ("learned", heads)):
+        replayed = replay(document, layers, GatePredictor(gates, Reach(distance=4), learned), 8)
+        rows = [row for row in accuracy("text", name, [replayed], layers.active) if (row.layer, row.k) == ("all", 8)]
+        found[name] = {(row.source, row.ahead): row.value for row in rows if row.metric == "accuracy"}
+    assert found["learned"].keys() == found["gate"].keys() >= {("routed", d) for d in range(1, 5)}
+    assert all(found["learned"][place] > found["gate"][place] + 0.02 for place in found["gate"])
+    assert found["learned"]["entered", 0] > 0.6
