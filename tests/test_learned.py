@@ -299,7 +299,7 @@ class TestTraining:
 
 
 def test_the_packaged_one_knows_the_packaged_model(tmp_path: Path) -> None:
-    """On held-out text it is better than the gates at every distance, and knows the first layer before its attention."""
+    """On held-out text it beats the gates at every distance, and knows the first layer before its attention."""
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     gates = gates_of(model)
     heads = load_heads(PREDICTOR, gates)
