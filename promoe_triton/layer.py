@@ -80,8 +80,8 @@ class ProMoEExperts(nn.Module):
     def _warn_of_gradients(self, x_TD: Tensor) -> None:
         if x_TD.requires_grad:
             warnings.warn(
-                "a patched layer got an input that requires a gradient; its output is detached. Use "
-                "torch.no_grad() or torch.inference_mode() around the model",
+                "a patched layer got an input that requires a gradient; its output is detached, so that none passes "
+                "through the experts. Use torch.no_grad() or torch.inference_mode() around the model",
                 stacklevel=4,
             )
 

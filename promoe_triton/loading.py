@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +80,7 @@ def from_pretrained(name: str, config: Config | PreTrainedConfig | None = None, 
     for unsupported in _UNSUPPORTED:
         if (value := options.get(unsupported)) is not None and value is not False:
             raise PromoeError(f"from_pretrained does not support {unsupported} yet; leave it out")
+    _check_name(name)
     if Path(name).is_file():
         raise PromoeError(f"{name} is no checkpoint: expected a folder with a config.json, or a hub id; this is a file")
     file_options = {key: options[key] for key in _FILE_OPTIONS if key in options}
@@ -127,6 +129,7 @@ def read_configuration(name: str, options: Mapping[str, Any] | None = None) -> P
 
     Raises PromoeError, saying what was expected, where there is none that transformers can read.
     """
+    _check_name(name)
     try:
         return AutoConfig.from_pretrained(name, **(options or {}))
     except (OSError, ValueError) as error:
@@ -137,6 +140,14 @@ def read_configuration(name: str, options: Mapping[str, Any] | None = None) -> P
         raise PromoeError(
             f"{name} is no checkpoint: expected a folder with a config.json, or a hub id; {found} ({error})"
         ) from error
+
+
+def _check_name(name: object) -> None:
+    """Raise TypeError or PromoeError for what can name no checkpoint, a blank name above all: it means no folder."""
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"expected the name of a checkpoint (a folder or a hub id), got {name!r}")
+    if not os.fspath(name).strip():
+        raise PromoeError("the name of the checkpoint is empty: expected a folder with a config.json, or a hub id")
 
 
 def refuse_untrusted(name: str, error: Exception) -> None:

@@ -5,6 +5,7 @@ Predictions are hints. Whatever goes wrong with one, the output is the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,8 @@ from promoe_triton.speculation import PROMPT, Place, Ranking, Speculation
 
 if TYPE_CHECKING:
     from promoe_triton.runtime import ModelRuntime
+
+logger = logging.getLogger(__name__)
 
 
 class Outlook(NamedTuple):
@@ -49,6 +52,7 @@ class Prefetcher:
         self._predictor = predictor
         self._taps: Taps | None = None
         self._speculation = Speculation()
+        self._has_warned = False
 
     def watch(self, model: nn.Module, paths: Sequence[str]) -> None:
         """Put hooks on the model that show what cannot be seen from its experts."""
@@ -82,8 +86,29 @@ class Prefetcher:
                 self.speculate(ahead, self._runtime.read(ahead.tensors))
 
     def _look(self, seen: Observation) -> Outlook | None:
-        predictions = self._predictor.predict(seen)
+        predictions = [p for p in self._predictor.predict(seen) or () if self._is_sound(p, seen)]
         return Outlook(seen, predictions) if predictions and seen.tokens < PROMPT else None
+
+    def _is_sound(self, prediction: Prediction, seen: Observation) -> bool:
+        """Whether a prediction can be followed. One of a layer that is not there, say, is not, and is logged once."""
+        layers, ids = len(self._runtime.layers), prediction.expert_ids
+        sound = 0 <= prediction.layer < layers and prediction.steps >= 0 and ids.dim() == 1
+        sound = sound and not ids.is_floating_point() and ids.device == seen.device
+        if not sound and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s names experts in a way that cannot be followed, and is not listened to where it does: expected "
+                "layers from 0 to %d, steps of 0 or more, and int64 [n] on %s; got layer %s, steps %s, %s %s on %s",
+                type(self._predictor).__name__,
+                layers - 1,
+                seen.device,
+                prediction.layer,
+                prediction.steps,
+                ids.dtype,
+                [*ids.shape],
+                ids.device,
+            )
+        return sound
 
     def speculate(self, ahead: Outlook, named: Sequence[Sequence[int]]) -> None:
         """Queue what was predicted as far as time allows. named: the predictions' experts, as the host read them."""
@@ -91,7 +116,7 @@ class Prefetcher:
         seen = ahead.seen
         for prediction, experts in zip(ahead.predictions, named, strict=True):
             layer = self._runtime.layers[prediction.layer]
-            keys = [layer.keys[e] for e in experts if e < layer.layout.experts]
+            keys = [layer.keys[e] for e in experts if 0 <= e < layer.layout.experts]
             if keys and not layer.resident:
                 rankings.append(Ranking(prediction.steps, keys))
         if rankings:

@@ -334,7 +334,8 @@ class Prediction:
     """Experts expected at `layer`, `steps` tokens from now (0: this one), most likely first, with scores.
 
     expert_ids and scores are int64 and floating point of shape [n], where the state was. Scores rank the experts
-    of one prediction; they are comparable between layers only where one predictor says so.
+    of one prediction; they are comparable between layers only where one predictor says so. Ids that are none of the
+    layer's experts are passed over; so are predictions of layers that the model does not have.
     """
 
     layer: int

@@ -1024,6 +1024,16 @@ class TestFromPretrained:
         with pytest.raises(PromoeError, match=rf"{path} is no checkpoint: expected a folder with a config\.json"):
             promoe_triton.from_pretrained(str(path), slots=4)
 
+    @pytest.mark.parametrize("name", ["", " "])
+    def test_an_empty_name(self, name: str) -> None:
+        with pytest.raises(PromoeError, match="name of the checkpoint is empty: expected a folder with a config"):
+            promoe_triton.from_pretrained(name, slots=4)
+
+    @pytest.mark.parametrize("name", [None, 5])
+    def test_no_name(self, name: Any) -> None:
+        with pytest.raises(TypeError, match=f"expected the name of a checkpoint .* got {name}"):
+            promoe_triton.from_pretrained(name, slots=4)
+
     @pytest.mark.parametrize(
         "option",
         [

@@ -182,6 +182,39 @@ class TestTheOutputIsTheSame:
             assert equal(logits(model), want)
 
 
+# What a predictor may not say: layer, steps, ids.
+NONSENSE = {
+    "a layer after the last": (LAYERS, 0, torch.arange(3)),
+    "a layer before the first": (-1, 0, torch.arange(3)),
+    "a token that has been": (1, -9, torch.arange(3)),
+    "no list": (1, 0, torch.arange(4).view(2, 2)),
+    "no whole numbers": (1, 0, torch.arange(3.0)),
+    "on another device": (1, 0, torch.empty(3, dtype=torch.int64, device="meta")),
+}
+
+
+class TestHintsThatMakeNoSense:
+    @pytest.mark.parametrize("what", NONSENSE)
+    def test_are_passed_over_and_logged_once(
+        self, what: str, folder: Path, want: list[Tensor], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        layer, steps, ids = NONSENSE[what]
+        names = Names(lambda: Prediction(layer=layer, steps=steps, expert_ids=ids, scores=torch.zeros(ids.shape)))
+        model = promoe_triton.from_pretrained(folder, slots=2 * LAYERS, predictor=names)
+        assert equal(logits(model), want)
+        assert not any(tally.issued for tally in model._promoe_runtime.core.tallies())
+        (record,) = [r for r in caplog.records if r.name == "promoe_triton.prefetch"]
+        assert f"got layer {layer}, steps {steps}" in record.getMessage()
+
+    @pytest.mark.parametrize("expert", [-1, -EXPERTS - 1, EXPERTS, 10**12])
+    def test_no_expert_of_the_layer(self, expert: int, folder: Path, want: list[Tensor]) -> None:
+        ids = torch.tensor([expert])
+        names = Names(lambda: Prediction(layer=1, steps=0, expert_ids=ids, scores=torch.zeros(1)))
+        model = promoe_triton.from_pretrained(folder, slots=2 * LAYERS, predictor=names)
+        assert equal(logits(model), want)
+        assert not any(tally.issued for tally in model._promoe_runtime.core.tallies())
+
+
 class TestFaults:
     def test_what_a_layer_waits_for_fails_with_an_error_and_the_next_call_works(
         self, folder: Path, want: list[Tensor], monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import promoe_triton
 
@@ -129,6 +130,14 @@ def test_only_links_start_threads_and_only_the_reader_reads() -> None:
             assert not {"concurrent.futures", "multiprocessing", "asyncio", "_thread"} & known, place
         assert not calls(file, "Thread") or place.startswith("links/"), place
         assert not calls(file, "preadv") or place == "stores/reader.py", place
+
+
+def test_the_tested_versions_can_be_installed_together() -> None:
+    """PyPI's torch asks for one version of triton alone; builds without CUDA ask for none."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    tested = {Requirement(line).name: Requirement(line).specifier for line in lines if line and line[0] != "#"}
+    (asked,) = [{"2.13.0": "3.7.1"}[torch.version] for torch in tested["torch"]]
+    assert tested["triton"].contains(asked)
 
 
 def test_no_forward_looks_at_a_model_type() -> None:
