@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from promoe_triton.kernels import checks, combine, grouped, rows, schedule
-from promoe_triton.kernels.pool import slot_base
+from promoe_triton.kernels.pool import Pool, slot_base
 from promoe_triton.kernels.tiles import Call, Shape
 from promoe_triton.kernels.trials import TOLERANCES
 from promoe_triton.kernels.twins import error
@@ -234,6 +235,25 @@ def test_ids_below_zero_are_of_no_expert(form: str, monkeypatch: pytest.MonkeyPa
     got = run(layer, below, by_rows=FORMS[form])
     assert torch.equal(got, run(layer, above, by_rows=FORMS[form]))
     assert (got[2] == 0).all()
+    # Before the table of slots and behind it lies what could be one, which nobody may look at.
+    slot_of_E = layer.down.weight.slot_of_E
+    around = torch.cat([slot_of_E[:1], slot_of_E, slot_of_E[:1]])[1:-1]
+    down = dataclasses.replace(layer.down, weight=Pool(data=layer.down.weight.data, slot_of_E=around))
+    for call in (below, above):
+        out_RD = poisoned(6, 12, dtype=torch.float32)
+        h_RF = torch.ones(6, 6, device=DEVICE)
+        products(dataclasses.replace(layer, down=down), call, h_RF, out_RD, by_rows=FORMS[form])
+        assert int(out_RD.isfinite().all(1).sum()) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wave_leaves_other_experts_alone(form: str) -> None:
+    """They may be in slots and half copied: that computing them too gives the same bits is no excuse."""
+    layer = make_layer(KINDS["halves"], E=3, D=12, F=6, dtype=torch.float32)
+    call = routed(layer, [[0], [1], [2]])
+    for waves in ({"up_waves": [[1]]}, {"down_waves": [[1]]}):
+        got: Any = run(layer, call, by_rows=FORMS[form], **waves)
+        assert got.isnan().all(1).tolist() == [True, False, True]
 
 
 def far_apart(rows: int, columns: int) -> Tensor:
