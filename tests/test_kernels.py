@@ -32,7 +32,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from promoe_triton.kernels import checks, combine, grouped, rows, schedule
-from promoe_triton.kernels.pool import Pool, slot_base
+from promoe_triton.kernels.pool import Gate, Pool, Projection, slot_base
 from promoe_triton.kernels.tiles import Call, Shape
 from promoe_triton.kernels.trials import TOLERANCES
 from promoe_triton.kernels.twins import error
@@ -178,6 +178,18 @@ def test_same_bits_every_time(form: str) -> None:
     call = routed(layer, draw(9, 3, 4))
     first = run(layer, call, by_rows=FORMS[form])
     assert all(torch.equal(first, run(layer, call, by_rows=FORMS[form])) for _ in range(2))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2", "none"])
+def test_activations_in_single_precision(activation: str) -> None:
+    """Value by value: in a whole layer a wrong digit of a constant would be lost among sums."""
+    x_M1 = torch.linspace(-3, 3, 64, device=DEVICE)[:, None]
+    one = Pool(data=torch.ones(1, 1, 1, device=DEVICE), slot_of_E=torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    ids, weights, out = torch.zeros_like(x_M1).long(), torch.ones_like(x_M1), poisoned(64, 1, dtype=torch.float32)
+    projection = Projection(weight=one, gate=Gate(activation=activation))
+    tile = TABLE.rows(Call(T=64, A=1, E=1, dtype=torch.float32), Shape(N=1, K=1, gated=False, transposed=False))
+    rows.rows_product(out, x_M1, ids, weights, projection, None, weighted=False, tile=tile)
+    assert float((out - TWINS.activate_one(x_M1.double(), activation)).abs().max()) < 3e-6
 
 
 def products(layer: Layer, call: Routed, h_RF: Tensor, out_RD: Tensor, *, by_rows: bool) -> tuple[Tensor, Tensor]:
