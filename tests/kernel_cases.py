@@ -62,7 +62,10 @@ KINDS = {
     "interleaved": Kind(gate=Gate(activation="silu", gated=True, interleaved=True)),
     "biases": Kind(bias=True),
     "as gpt_oss": Kind(
-        gate=Gate(activation="clamped_swiglu", gated=True, interleaved=True, limit=0.7), transposed=True, bias=True
+        # Neither alpha nor limit is what a kernel might have for a default.
+        gate=Gate(activation="clamped_swiglu", gated=True, interleaved=True, alpha=1.3, limit=0.7),
+        transposed=True,
+        bias=True,
     ),
     "as nemotron_h": Kind(gate=Gate(activation="relu2")),
     "gelu": Kind(gate=Gate(activation="gelu", gated=True)),

@@ -7,10 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 GPU = ROOT / "bench" / "gpu"
@@ -157,3 +160,21 @@ def test_a_cell_that_kills_its_worker_is_a_row(bench: None, tmp_path: Path, monk
     bench_run.note_crash(tmp_path, marker, -11)
     assert table.Table(tmp_path / "kernels.csv", about).has(cell)
     assert table.latest(tmp_path / "kernels.csv")[0]["reason"] == "the process ended with -11"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_of_a_graph(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tens of gigabytes in its pool would else be missing for the next cell; also where its replay fails."""
+    from promoe_triton.kernels import timing
+
+    done: list[str] = []
+    for name in ("Stream", "current_stream", "stream", "graph", "synchronize", "CUDAGraph"):
+        monkeypatch.setattr(timing.torch.cuda, name, MagicMock())
+    timing.torch.cuda.CUDAGraph.return_value.reset = lambda: done.append("reset")
+    monkeypatch.setattr(timing.torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    events = MagicMock(side_effect=torch.OutOfMemoryError() if fails else None)
+    monkeypatch.setattr(timing, "_events", events)
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        timing.time_graph([lambda: None], 0.1)
+    assert events.call_count == 1
+    assert done == ["reset", "emptied"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,20 +15,24 @@ from kernel_cases import (
     KERNELS,
     KINDS,
     SHIPPED,
+    TABLE,
     TWINS,
     Layer,
+    Routed,
     check,
     draw,
     make_layer,
+    poisoned,
     reference,
     routed,
     run,
 )
+from torch import Tensor
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from promoe_triton.kernels import grouped, rows, schedule
-from promoe_triton.kernels.pool import slot_base
+from promoe_triton.kernels import checks, combine, grouped, rows, schedule
+from promoe_triton.kernels.pool import Gate, Pool, Projection, slot_base
 from promoe_triton.kernels.tiles import Call, Shape
 from promoe_triton.kernels.trials import TOLERANCES
 from promoe_triton.kernels.twins import error
@@ -173,6 +178,118 @@ def test_same_bits_every_time(form: str) -> None:
     call = routed(layer, draw(9, 3, 4))
     first = run(layer, call, by_rows=FORMS[form])
     assert all(torch.equal(first, run(layer, call, by_rows=FORMS[form])) for _ in range(2))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2", "none"])
+def test_activations_in_single_precision(activation: str) -> None:
+    """Value by value: in a whole layer a wrong digit of a constant would be lost among sums."""
+    x_M1 = torch.linspace(-3, 3, 64, device=DEVICE)[:, None]
+    one = Pool(data=torch.ones(1, 1, 1, device=DEVICE), slot_of_E=torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    ids, weights, out = torch.zeros_like(x_M1).long(), torch.ones_like(x_M1), poisoned(64, 1, dtype=torch.float32)
+    projection = Projection(weight=one, gate=Gate(activation=activation))
+    tile = TABLE.rows(Call(T=64, A=1, E=1, dtype=torch.float32), Shape(N=1, K=1, gated=False, transposed=False))
+    rows.rows_product(out, x_M1, ids, weights, projection, None, weighted=False, tile=tile)
+    assert float((out - TWINS.activate_one(x_M1.double(), activation)).abs().max()) < 3e-6
+
+
+def products(layer: Layer, call: Routed, h_RF: Tensor, out_RD: Tensor, *, by_rows: bool) -> tuple[Tensor, Tensor]:
+    """Compute the second product alone, weighted; return its rows and their input, pair by pair."""
+    shape = Call(T=len(call.ids_TA), A=call.ids_TA.shape[1], E=layer.E, dtype=h_RF.dtype)
+    product = Shape(N=layer.D, K=layer.F, gated=False, transposed=False)
+    given: Any = (call.weights_TA, layer.down, None)
+    if by_rows:
+        tile = TABLE.rows(shape, product)
+        rows.rows_product(out_RD, h_RF, call.ids_TA, *given, weighted=True, tile=tile)
+        return out_RD, h_RF
+    tile = TABLE.grouped(shape, product)
+    plan = schedule.schedule(call.ids_TA, call.weights_TA, None, experts=layer.E, block=tile.rows)
+    grouped.grouped_product(out_RD, h_RF, plan, *given, gather=False, weighted=True, tile=tile)
+    order = plan.row_of_R.long()
+    return out_RD[order], h_RF[order]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_routing_weights_count_in_single_precision(form: str, dtype: str) -> None:
+    """After the bias, and before anything is rounded: a tolerance for 16-bit results would hide it."""
+    layer = make_layer(KINDS["biases"], E=3, D=20, F=40, dtype=DTYPES[dtype])
+    call = routed(layer, draw(4, 2, 3))
+    h_RF = torch.randn(8, 40, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype]).to(DEVICE)
+    got, h_RF = products(layer, call, h_RF, poisoned(8, 20, dtype=torch.float32), by_rows=FORMS[form])
+    pairs = zip(h_RF.double(), call.ids_TA.flatten().tolist(), call.weights_TA.flatten().double(), strict=True)
+    want = torch.stack([TWINS.product(h_F, e, layer.down) * weight for h_F, e, weight in pairs])
+    assert error(got, want) <= TOLERANCES[torch.float32]
+
+
+def test_experts_are_added_in_the_order_of_the_routing() -> None:
+    """Bit for bit: the first expert's row, then the second's, and so on, whatever their size."""
+    T, A, D = 3, 5, 70
+    generator = torch.Generator().manual_seed(0)
+    out_RD = torch.randn(T * A, D, generator=generator) * 10.0 ** torch.randint(-3, 4, (T * A, 1), generator=generator)
+    order = torch.randperm(T * A, generator=generator)
+    want = torch.zeros(T, D)
+    for a in range(A):
+        want += out_RD[order.view(T, A)[:, a]]
+    ids_TA, weights_TA = torch.zeros(T, A, dtype=torch.int64, device=DEVICE), torch.ones(T, A, device=DEVICE)
+    x_TD = torch.empty(T, D, device=DEVICE)
+    row_of_R = order.to(torch.int32).to(DEVICE)
+    got = combine.combine(out_RD.to(DEVICE), row_of_R, x_TD, ids_TA, weights_TA, experts=1, weighted=True)
+    assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ids_below_zero_are_of_no_expert(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nobody looks at them before the launch: kernels must leave them out, as those of E and more."""
+    for module in (checks, schedule, combine):
+        monkeypatch.setattr(module, "check_routing", lambda *args: None)
+    layer = make_layer(KINDS["halves"], E=4, D=12, F=6, dtype=torch.float32)
+    below, above = (routed(layer, [[0, none], [none, 3], [none, none]]) for none in (-1, 4))
+    got = run(layer, below, by_rows=FORMS[form])
+    assert torch.equal(got, run(layer, above, by_rows=FORMS[form]))
+    assert (got[2] == 0).all()
+    # Before the table of slots and behind it lies what could be one, which nobody may look at.
+    slot_of_E = layer.down.weight.slot_of_E
+    around = torch.cat([slot_of_E[:1], slot_of_E, slot_of_E[:1]])[1:-1]
+    down = dataclasses.replace(layer.down, weight=Pool(data=layer.down.weight.data, slot_of_E=around))
+    for call in (below, above):
+        out_RD = poisoned(6, 12, dtype=torch.float32)
+        h_RF = torch.ones(6, 6, device=DEVICE)
+        products(dataclasses.replace(layer, down=down), call, h_RF, out_RD, by_rows=FORMS[form])
+        assert int(out_RD.isfinite().all(1).sum()) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wave_leaves_other_experts_alone(form: str) -> None:
+    """They may be in slots and half copied: that computing them too gives the same bits is no excuse."""
+    layer = make_layer(KINDS["halves"], E=3, D=12, F=6, dtype=torch.float32)
+    call = routed(layer, [[0], [1], [2]])
+    for waves in ({"up_waves": [[1]]}, {"down_waves": [[1]]}):
+        got: Any = run(layer, call, by_rows=FORMS[form], **waves)
+        assert got.isnan().all(1).tolist() == [True, False, True]
+
+
+def far_apart(rows: int, columns: int) -> Tensor:
+    """Rows of which the last lies 2^31 elements and more from the first; what is between is never touched."""
+    stride = 2**31 // (rows - 1)
+    memory = torch.empty((rows - 1) * stride + columns, dtype=torch.bfloat16)
+    return memory.as_strided((rows, columns), (stride, 1))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="takes memory that only an operating system gives without having it")
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_beyond_2_31_elements(form: str) -> None:
+    """Of input and output, as T = 40 000 tokens of eight experts have them."""
+    layer = make_layer(KINDS["halves"], E=1, D=12, F=8, dtype=torch.bfloat16)
+    call = routed(layer, [[0], [0], [0]])
+    h_RF = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    want, _ = products(layer, call, h_RF, poisoned(3, 12, dtype=torch.bfloat16), by_rows=FORMS[form])
+    got, _ = products(layer, call, far_apart(3, 8).copy_(h_RF), far_apart(3, 12), by_rows=FORMS[form])
+    assert torch.equal(got, want)
+    y_TD = [
+        combine.combine(out, None, call.x_TD, call.ids_TA, call.weights_TA, experts=1, weighted=True)
+        for out in (got, want)
+    ]
+    assert torch.equal(*y_TD)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 from kernel_cases import DEVICE, KINDS, SHIPPED, TABLE, Layer, Routed, check, draw, make_layer, poisoned, routed, run
 from torch import Tensor
 
-from promoe_triton.kernels import ops
+from promoe_triton.kernels import checks, ops
 from promoe_triton.kernels.combine import combine
 from promoe_triton.kernels.grouped import grouped_product
 from promoe_triton.kernels.pool import Gate, Pool, Projection
@@ -352,3 +352,24 @@ class TestTiles:
         assert {table_for(t).target for t in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")}
         with pytest.raises(ValueError, match=r"target must be one of sm_80, .* got 'sm_70'"):
             table_for("sm_70")
+
+
+@CPU_ONLY
+def test_an_interpreter_that_numpy_breaks_is_named(monkeypatch: pytest.MonkeyPatch, layer: Layer, call: Routed) -> None:
+    """As Triton 3.6 with NumPy 2.4: before a launch, with both versions and what to install."""
+
+    class Broken:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(n: int) -> None:
+                raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+            return launch
+
+    checks.check_interpreter.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "_count", Broken())
+        with pytest.raises(RuntimeError, match=r"Triton \S+ interpreter does not work with NumPy .*install numpy<2.4"):
+            up(layer, call)
+    # What failed is not kept, and what works is looked at once.
+    up(layer, call)
+    assert checks.check_interpreter.cache_info().currsize == 1

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, draw
 
+from promoe_triton.kernels import schedule as scheduling
 from promoe_triton.kernels import twins
 from promoe_triton.kernels.schedule import SMALL, Schedule, blocks_at_most, schedule
 
@@ -54,12 +55,22 @@ def test_equals_its_twin(data: st.DataObject) -> None:
         (300, 2, 60, 16),  # several chunks of pairs, E no power of two
         (130, 3, 3, 16),  # several blocks of every expert
         (150, 1, 300, 32),  # more experts than pairs, more than one block of them
+        (131, 1, 1, 1),  # as many blocks as there may be: one too many would lie in the next array
     ],
 )
 def test_many_pairs(T: int, A: int, E: int, block: int) -> None:
     ids, weights = draw(T, A, E), torch.ones(T, A)
     want = lists(twins.schedule(ids, weights, None, experts=E, block=block))
     assert both(ids, weights, None, E, block)[1] == want
+
+
+@pytest.mark.parametrize("E", [1, 5])
+def test_ids_below_zero_are_of_no_expert(E: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nobody looks at them before the launch."""
+    monkeypatch.setattr(scheduling, "check_routing", lambda *args: None)
+    ids, weights = torch.tensor([[0, -1], [-7, E - 1], [-1, 0]]), torch.ones(3, 2)
+    want = lists(twins.schedule(ids.where(ids >= 0, E), weights, None, experts=E, block=16))
+    assert both(ids, weights, None, E, 16) == [want, want]
 
 
 def test_resident_experts_come_first() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import grid
 import rivals
 import torch
-import triton
 from grid import Cell
 from rivals import Absent
 from stage import DoesNotFit, Stage
@@ -288,35 +287,12 @@ def combining(stage: Stage, T: int) -> Subject:
     )
 
 
-def report(kernel: str, shapes: Sequence[str], prepare: Callable[[Stage, int], Subject]) -> Any:
-    """Declare a kernel's sweep: T along the axis, a line for each shape.
-
-    The declaration is Triton's own; its `run` would need pandas and would print at the end only, so the runner takes
-    the points from `grid` and streams them to the CSV, where the figures come from.
-    """
-    sweep = triton.testing.Benchmark(
-        x_names=["T"],
-        x_vals=list(grid.KERNELS[kernel]),
-        line_arg="shape",
-        line_vals=list(shapes),
-        line_names=list(shapes),
-        plot_name=kernel,
-        args={},
-        xlabel="tokens",
-        ylabel="us",
-        x_log=True,
-        y_log=True,
-    )
-    return triton.testing.perf_report(sweep)(prepare)
-
-
-NAMES = [shape.name for shape in grid.MAIN]
-REPORTS = {
-    "rows, up": report("rows, up", NAMES, functools.partial(product, part="up")),
-    "rows, down": report("rows, down", NAMES, functools.partial(product, part="down")),
-    "grouped, up": report("grouped, up", NAMES, functools.partial(product, part="up")),
-    "grouped, down": report("grouped, down", NAMES, functools.partial(product, part="down")),
-    "schedule": report("schedule", NAMES, scheduling),
-    "combine": report("combine", NAMES, combining),
+KERNELS: dict[str, Callable[[Stage, int], Subject]] = {
+    "rows, up": functools.partial(product, part="up"),
+    "rows, down": functools.partial(product, part="down"),
+    "grouped, up": functools.partial(product, part="up"),
+    "grouped, down": functools.partial(product, part="down"),
+    "schedule": scheduling,
+    "combine": combining,
 }
-KERNELS: dict[str, Callable[[Stage, int], Subject]] = {name: mark.fn for name, mark in REPORTS.items()}
+"""What is measured of each kernel alone, at the numbers of tokens that `grid` has for it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,28 @@ def _probe():
 
 IS_INTERPRETED = not isinstance(_probe, triton.JITFunction)
 """Whether TRITON_INTERPRET was set when the kernels were imported: they run on the CPU then, for tests."""
+
+
+@triton.jit
+def _count(n):
+    """Nothing, n times."""
+    for _ in range(n):
+        pass
+
+
+@functools.cache
+def check_interpreter() -> None:
+    """Raise RuntimeError where Triton's interpreter fails on the NumPy that is installed, as 3.6 does on NumPy 2.4.
+
+    That refuses to make a number of an array of one element, which older interpreters take for every bound of a loop.
+    """
+    try:
+        _count[(1,)](1)
+    except Exception as error:
+        raise RuntimeError(
+            f"Triton {triton.__version__}'s interpreter does not work with NumPy {version('numpy')} ({error}); "
+            "install numpy<2.4, or a newer Triton. On a GPU nothing is interpreted: unset TRITON_INTERPRET"
+        ) from error
 
 
 def expect(holds: bool, name: str, expected: str, got: object) -> None:
@@ -49,6 +73,8 @@ def check_device(**tensors: Tensor | None) -> None:
         "a tensor on a GPU (Triton's interpreter, TRITON_INTERPRET=1 set before the import, takes the CPU's)",
         f"a tensor on {device}",
     )
+    if on_host:
+        check_interpreter()
 
 
 def check_routing(ids_TA: Tensor, weights_TA: Tensor) -> None:

@@ -42,7 +42,10 @@ class Times:
 
 
 def time_graph(calls: Calls, seconds: float) -> Times:
-    """Capture all calls in one CUDA graph and time its replays. The calls have run before, so all is compiled."""
+    """Capture all calls in one CUDA graph and time its replays. The calls have run before, so all is compiled.
+
+    Whatever happens, nothing of the graph is left: its memory is a pool of its own, which others cannot use.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -50,12 +53,15 @@ def time_graph(calls: Calls, seconds: float) -> Times:
             call()
     torch.cuda.synchronize()
     graph: Any = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    times = _events(graph.replay, len(calls), seconds)
-    graph.reset()
-    return times
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        return _events(graph.replay, len(calls), seconds)
+    finally:
+        graph.reset()
+        # The allocator keeps what a graph gave back until it is asked for it.
+        torch.cuda.empty_cache()
 
 
 def time_eager(calls: Calls, seconds: float) -> Times:
