@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _line(axes: Any, points: Sequence[tuple[float, float]], label: str) -> None:
-    thin = {"lw": 1.0, "ls": "--", "ms": 3} if label in DASHES else {"lw": 1.8, "ms": 4}
-    axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label, **thin)
-
-
-def _series(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(getattr(row, name), []).append(row)
-    return found
+def _lines(axes: Any, rows: Sequence[Row], mine: Sequence[Row], name: str, point: Callable[[Row], Any]) -> None:
+    """Draw a line for every predictor or policy, in the same colour in every panel."""
+    for number, label in enumerate(dict.fromkeys(getattr(row, name) for row in rows if getattr(row, name))):
+        points = sorted(point(row) for row in mine if getattr(row, name) == label)
+        if points:
+            thin = {"lw": 1.0, "ls": "--", "ms": 3} if label in DASHES else {"lw": 1.8, "ms": 4}
+            axes.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=label, **thin)
 
 
 def _chosen(rows: Sequence[Row]) -> int:
@@ -53,30 +50,26 @@ def _chosen(rows: Sequence[Row]) -> int:
 def _by_layer(axes: Any, rows: Sequence[Row], text: str) -> None:
     A = _chosen(rows)
     mine = [r for r in rows if (r.metric, r.source, r.ahead, r.k) == ("accuracy", "routed", 1, A) and r.layer != ALL]
-    for predictor, of in _series(mine, "predictor").items():
-        _line(axes, [(int(r.layer), 100 * r.value) for r in of], predictor)
+    _lines(axes, rows, mine, "predictor", lambda row: (int(row.layer), 100 * row.value))
     axes.set(xlabel="layer predicted, one ahead", ylabel=f"accuracy, {A} experts named (%)", title=text)
     axes.legend(fontsize=7)
 
 
 def _by_distance(axes: Any, rows: Sequence[Row]) -> None:
     mine = [r for r in rows if r.metric == "GOODPRED" and r.ahead]
-    for predictor, of in _series(mine, "predictor").items():
-        _line(axes, [(r.ahead, 100 * r.value) for r in of], predictor)
+    _lines(axes, rows, mine, "predictor", lambda row: (row.ahead, 100 * row.value))
     axes.set(xlabel="layers ahead", ylabel="GOODPRED (%)", title="accuracy x fetch rate")
     axes.set_xticks(sorted({r.ahead for r in mine}))
 
 
 def _calibration(axes: Any, rows: Sequence[Row]) -> None:
     mine = [r for r in rows if (r.metric, r.source, r.ahead) == ("chosen at rank", "routed", 1)]
-    for predictor, of in _series(mine, "predictor").items():
-        _line(axes, [(r.k, 100 * r.value) for r in of], predictor)
+    _lines(axes, rows, mine, "predictor", lambda row: (row.k, 100 * row.value))
     axes.set(xlabel="rank, one layer ahead", ylabel="chosen (%)", title="what a rank is worth")
 
 
 def _by_cache(axes: Any, rows: Sequence[Row]) -> None:
     mine = [r for r in rows if r.metric == "hit ratio" and r.layer == ALL]
-    for policy, of in _series(mine, "policy").items():
-        _line(axes, [(100 * r.slots, 100 * r.value) for r in of], policy)
+    _lines(axes, rows, mine, "policy", lambda row: (100 * row.slots, 100 * row.value))
     axes.set(xlabel="experts in slots (%)", ylabel="hit ratio (%)", title="nothing copied ahead")
     axes.legend(fontsize=7)
