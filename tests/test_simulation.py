@@ -296,7 +296,7 @@ def test_other_bad_input(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(PromoeError, match="one JSON object"):
         read_hardware(str(tmp_path / "list.json"))
-    with pytest.raises(PromoeError, match="no hardware 'abacus': expected one of h200"):
+    with pytest.raises(PromoeError, match="no hardware 'abacus': expected one of epyc-zen4, h200"):
         read_hardware("abacus")
     with pytest.raises(ValueError, match="software must be one of"):
         read_software("magic")
