@@ -17,8 +17,8 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 HIDDEN = 48
@@ -219,7 +219,7 @@ def build(name: str) -> Any:
     """Build a model of a family, the same every time; skip where an older transformers has other experts for it."""
     torch.manual_seed(0)
     model = FAMILIES[name].build()
-    if not moe_experts(model) and Version(transformers.__version__) < Version("5.23"):
+    if not moe_experts(model) and TorchVersion(transformers.__version__) < "5.23":
         pytest.skip(f"transformers {transformers.__version__} has other experts for {name}")
     return model
 
