@@ -4,7 +4,7 @@ For each layer and seam a correction to the gates is fitted (or the paper's netw
 of the layers in reach come near to what their routers then gave: least divergence between both softmaxes, by Adam.
 Documents, never tokens, are held out; a correction that does not get better on those stays zero.
 
-Letters: N tokens, H layers in reach, G rows of a router, D model dim, R rank.
+Letters: N tokens, H layers in reach, G rows of a router, D model dim, R hidden units.
 """
 
 from __future__ import annotations

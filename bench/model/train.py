@@ -131,6 +131,19 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+COMMON: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "rope_theta": 10_000.0,
+    "initializer_range": 0.04,
+    "router_aux_loss_coef": 0.01,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+"""What the architectures have in common."""
+
+
 def olmoe_config(vocab_size: int) -> OlmoeConfig:
     """Another architecture to try predictors on: routing weights are not normalised, attention has no groups."""
     return OlmoeConfig(
@@ -140,17 +153,10 @@ def olmoe_config(vocab_size: int) -> OlmoeConfig:
         intermediate_size=48,
         num_attention_heads=3,
         num_key_value_heads=3,
-        max_position_embeddings=2048,
         num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=False,
-        tie_word_embeddings=True,
-        rope_theta=10_000.0,
-        initializer_range=0.04,
-        router_aux_loss_coef=0.01,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
+        **COMMON,
     )
 
 
@@ -164,20 +170,13 @@ def demo_config(vocab_size: int) -> Qwen3MoeConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=2048,
         num_experts=64,
         num_experts_per_tok=8,
         moe_intermediate_size=24,
         norm_topk_prob=True,
         decoder_sparse_step=1,
         mlp_only_layers=[],
-        tie_word_embeddings=True,
-        rope_theta=10_000.0,
-        initializer_range=0.04,
-        router_aux_loss_coef=0.01,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
+        **COMMON,
     )
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from promoe_triton.cli.generation import TRUST, load_routers
-from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress
+from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, write_csv
 from promoe_triton.config import LEARNED
 from promoe_triton.errors import PromoeError
 from promoe_triton.evaluation.caches import BELADY
@@ -72,7 +72,8 @@ def evaluate(
     with steps_progress("Evaluating", len(opened) * steps(question)) as step:
         for name, trace in opened.items():
             rows += compare(trace, name, question, documents, step)
-    write_rows(out, rows)
+    names = [field.name for field in fields(Row)]
+    write_csv(out, names, (_cells(row, names) for row in rows))
     if figure is not None:
         from promoe_triton.evaluation.drawing import draw
 
@@ -95,21 +96,18 @@ def _question(
 ) -> Question:
     patched = load_routers(model, trace, trust)
     experts = experts_of(patched)
+    layers = find_layers(patched, experts)
+    reach = Reach(distance=distance, width=min(2 * max(layers.active), min(layers.experts)))
 
-    def making(name: str) -> Callable[[], Predictor]:
-        def make() -> Predictor:
-            layers = find_layers(patched, experts)
-            wide = Reach(distance=distance, width=min(2 * max(layers.active), min(layers.experts)))
-            made = make_predictor(name, patched, experts, wide)
-            assert made is not None
-            return made
-
-        return make
+    def make(what: str) -> Predictor:
+        made = make_predictor(what, patched, experts, reach)
+        assert made is not None
+        return made
 
     names = dict(zip(NAMED, NAMED, strict=True)) | {name: str(file) for name, file in files.items()}
     return Question(
-        layers=find_layers(patched, experts),
-        predictors={name: making(what) for name, what in names.items()},
+        layers=layers,
+        predictors={name: partial(make, what) for name, what in names.items()},
         trusted=next(iter(files), "gate"),
         slots=slots,
         distance=distance,
@@ -127,17 +125,8 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
-def write_rows(out: Path, rows: Sequence[Row]) -> None:
-    """Write rows as a CSV. Raises PromoeError where that cannot be done."""
-    try:
-        with out.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            names = [field.name for field in fields(Row)]
-            writer.writerow(names)
-            for row in rows:
-                writer.writerow([f"{v:.5g}" if isinstance(v := getattr(row, name), float) else v for name in names])
-    except OSError as error:
-        raise PromoeError(f"{out} cannot be written: {error}") from error
+def _cells(row: Row, names: Sequence[str]) -> list[object]:
+    return [f"{value:.5g}" if isinstance(value := getattr(row, name), float) else value for name in names]
 
 
 def _show(name: str, rows: Sequence[Row], question: Question) -> None:

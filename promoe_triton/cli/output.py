@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -24,6 +26,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
+
+from promoe_triton.errors import PromoeError
 
 LINE_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""
@@ -95,6 +99,17 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, title: 
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def write_csv(out: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a table as a CSV file. Raises PromoeError where that cannot be done."""
+    try:
+        with out.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(rows)
+    except OSError as error:
+        raise PromoeError(f"{out} cannot be written: {error}") from error
 
 
 def print_note(text: str) -> None:

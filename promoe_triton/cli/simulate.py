@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,7 @@ import typer
 
 import promoe_triton.simulation
 from promoe_triton.cli.generation import TRUST
-from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, working
-from promoe_triton.errors import PromoeError
+from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, working, write_csv
 from promoe_triton.simulation.description import hardware_names, read_hardware, read_software
 from promoe_triton.simulation.routing import Statistics
 from promoe_triton.simulation.shapes import model_shape
@@ -102,7 +100,7 @@ def simulate_command(
             done(f"slots {choice.slots}, {choice.ablation}")
     _say_hidden(rows)
     if out is not None:
-        _write(out, rows)
+        write_csv(out, rows[0], (row.values() for row in rows))
     if as_json:
         about = {"model": shape.name, "hardware": machine.name, "trace": str(trace) if trace else None}
         print_json(about | {"statistics": asdict(statistics), "runs": rows})
@@ -148,16 +146,6 @@ def _say_hidden(rows: list[dict[str, Any]]) -> None:
         limit = max(row["computing_seconds"], row["moving_seconds"])
         hideable = base["seconds"] - limit if base else 0.0
         row["hidden"] = (base["seconds"] - row["seconds"]) / hideable if base and hideable > 0 else float("nan")
-
-
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        with out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise PromoeError(f"{out} cannot be written: {error}") from error
 
 
 def _show(rows: list[dict[str, Any]], title: str) -> None:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from promoe_triton.policies import make_policy
 from promoe_triton.protocols import ExpertKey
+from promoe_triton.simulation.routing import Ids
 from promoe_triton.slots import SlotTable
 
-Ids = NDArray[np.int16]
 Mask = NDArray[np.bool_]
 
 BELADY = "belady"
@@ -82,11 +82,3 @@ def hit_ratio(resident_TE: Mask, chosen_TA: Ids) -> float:
     known_TA = chosen_TA >= 0
     found_TA = np.take_along_axis(resident_TE, np.maximum(chosen_TA, 0).astype(np.int64), 1)
     return float(found_TA[known_TA].mean())
-
-
-def popularity_of_layer(documents: Sequence[Ids], experts: int) -> dict[ExpertKey, float]:
-    """Return how often each expert of a layer was chosen in some documents, as `resident` takes it."""
-    counts_E = np.zeros(experts)
-    for chosen_TA in documents:
-        counts_E += np.bincount(chosen_TA[chosen_TA >= 0], minlength=experts)
-    return {ExpertKey(0, expert): float(count) for expert, count in enumerate(counts_E)}

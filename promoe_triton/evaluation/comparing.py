@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from promoe_triton.config import Config
 from promoe_triton.errors import PromoeError
 from promoe_triton.evaluation import goodpred
-from promoe_triton.evaluation.caches import BELADY, Mask, popularity_of_layer, resident
+from promoe_triton.evaluation.caches import BELADY, Mask, resident
 from promoe_triton.evaluation.measures import Row, accuracy, calibration, hits, named_at, on_misses
 from promoe_triton.evaluation.replay import From, Replayed, recording, replay
 from promoe_triton.policies import POLICIES
 from promoe_triton.predictors.bounds import NoPredictor, OraclePredictor
 from promoe_triton.predictors.reach import Reach, RoutedLayers
 from promoe_triton.protocols import Predictor
+from promoe_triton.simulation.routing import Routed, popularity_of
 from promoe_triton.traces import Document, Trace
 
 ORACLE, NONE = "oracle", "none"
@@ -23,7 +25,7 @@ WARM = 0.25
 """The share of the documents that only fill caches and tables, and are not counted."""
 SIMULATED = 3
 """Documents that are decoded on a virtual clock."""
-AHEAD = 2
+AHEAD = Config().distance
 """Layers ahead that a running model is told of by default, and so the policy here."""
 
 
@@ -129,7 +131,7 @@ def _resident(text: _Text, policy: str, share: float) -> list[list[Mask]]:
     for layer, (E, A) in enumerate(zip(layers.experts, layers.active, strict=True)):
         chosen = [document.chosen[layer] for document in told]
         lengths = [len(ids_TA) for ids_TA in chosen]
-        popularity = popularity_of_layer(chosen[: text.warm], E)
+        popularity = popularity_of(Routed(ids=[ids_TA]) for ids_TA in chosen[: text.warm])
         places = [From("left", layer + 1), *(From("routed", ahead) for ahead in range(AHEAD, 0, -1))]
         named = [
             np.concatenate([named_at(document.named[layer], place, document.chosen[layer], A) for document in told])

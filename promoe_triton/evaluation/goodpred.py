@@ -7,7 +7,7 @@ one layer computes, beside what the layers wait for. Letters: T tokens, A active
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -94,9 +94,9 @@ def run(
         bits=8.0,
         dense_bits=8.0,
     )
-    config = Config(slots=slots, distance=distances, policy=policy, partition="layer")
+    config = Config(slots=slots, distance=distances, policy=policy, partition="layer", latency=LAYER_SECONDS)
     wire = Wire(bandwidth=link * 3 * HALF_BYTES / LAYER_SECONDS, latency=0.0)
-    simulator = Simulator(shape, Even(max(active)), wire, replace(config, latency=LAYER_SECONDS))
+    simulator = Simulator(shape, Even(max(active)), wire, config)
     texts = [routed(document, active, distances, only) for document in documents]
     simulator.run(passes(texts[:1], prompt=prompt))
     simulator.reset()

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from promoe_triton.evaluation.caches import Ids, Mask, hit_ratio
+from promoe_triton.evaluation.caches import Mask, hit_ratio
 from promoe_triton.evaluation.replay import From, Replayed
+from promoe_triton.simulation.routing import Ids
 
 ALL = "all"
 

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from promoe_triton.predictors.bounds import Recording
 from promoe_triton.predictors.reach import RoutedLayers
 from promoe_triton.protocols import Observation, Predictor, Seam
+from promoe_triton.simulation.routing import Ids, recorded_ids
 from promoe_triton.traces import Document
-
-Ids = NDArray[np.int16]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -40,7 +38,7 @@ class Replayed:
 
 def replay(document: Document, layers: RoutedLayers, predictor: Predictor, width: int) -> Replayed:
     """Show a document to a predictor. width: K, how many of the experts it names are kept."""
-    chosen = [_chosen(document, layer, E) for layer, E in enumerate(layers.experts)]
+    chosen = [recorded_ids(document, layer, E) for layer, E in enumerate(layers.experts)]
     named: list[dict[From, Ids]] = [{} for _ in layers.experts]
     firsts = {stack: layer for layer, stack in reversed(list(enumerate(layers.stacks)))}
     lengths = {stack: layers.stacks.count(stack) for stack in firsts}
@@ -58,11 +56,6 @@ def replay(document: Document, layers: RoutedLayers, predictor: Predictor, width
             ids = prediction.expert_ids[:width].tolist()
             ids_TK[row, : len(ids)] = ids
     return Replayed(chosen=chosen, named=named)
-
-
-def _chosen(document: Document, layer: int, E: int) -> Ids:
-    ids_TA = document.expert_ids_TA(layer).numpy()
-    return np.where(ids_TA < E, ids_TA, -1).astype(np.int16)
 
 
 def _observations(

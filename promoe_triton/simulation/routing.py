@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from promoe_triton.protocols import ExpertKey
+from promoe_triton.traces import Document
 
 Ids = NDArray[np.int16]
+
+
+def recorded_ids(document: Document, layer: int, experts: int) -> Ids:
+    """Return what a document's tokens chose in a layer of so many experts, int16 [T, A]; -1: no expert."""
+    ids_TA = document.expert_ids_TA(layer).numpy()
+    return np.where(ids_TA < experts, ids_TA, -1).astype(np.int16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

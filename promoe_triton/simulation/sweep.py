@@ -14,7 +14,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.links.fake import Wire
 from promoe_triton.simulation.costs import Costs, Roofline
 from promoe_triton.simulation.description import Hardware, Software
-from promoe_triton.simulation.routing import Routed, Statistics, Synthetic, passes, popularity_of
+from promoe_triton.simulation.routing import Routed, Statistics, Synthetic, passes, popularity_of, recorded_ids
 from promoe_triton.simulation.shapes import ModelShape
 from promoe_triton.simulation.simulator import Outcome, Simulator
 from promoe_triton.traces import Trace
@@ -116,10 +116,7 @@ def traced_texts(trace: Trace, shape: ModelShape, statistics: Statistics, tokens
     for document in trace.read():
         if document.tokens < tokens:
             continue
-        ids = []
-        for index, (E, _) in enumerate(mine):
-            ids_TA = document.expert_ids_TA(index)[:tokens].numpy()
-            ids.append(np.where(ids_TA < E, ids_TA, -1).astype(np.int16))
+        ids = [recorded_ids(document, index, E)[:tokens] for index, (E, _) in enumerate(mine)]
         named = [
             [
                 np.where(rng.random(i.shape) < share, i, rng.integers(0, E, i.shape)).astype(np.int16)
