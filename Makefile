@@ -18,6 +18,8 @@ else
 unexport DEMO_PROMPT
 endif
 ARGS ?=
+# How many tests run side by side; 0: one after the other, in one process (for a debugger).
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-large test test-slow test-gpu families check check-compile bench bench-gpu bench-kernels paper figures clean
@@ -36,7 +38,7 @@ demo-large: $(INSTALLED)  ## The same model with experts of 9.4 MB; ARGS="--time
 
 # Without a GPU, also where there is one: what is tested and measured here is the way over RAM.
 test: $(INSTALLED)  ## Run the tests that are not marked slow
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -m "not slow" $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -m "not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(INSTALLED)  ## Run the tests marked slow
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -m slow $(ARGS)
