@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from typing import Any
 
 from promoe_triton.admission import Admission, places
 from promoe_triton.config import Config
@@ -60,17 +60,19 @@ class Tally:
     unproven: int = 0
 
 
+_NEVER = 1 << 62
+"""A position that no run comes to."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What is expected at all, or until a position. by_layer: at which position each expert is."""
+    """What is expected until a position. by_layer: at which position each expert is."""
 
     by_layer: Sequence[Mapping[ExpertKey, int]]
-    until: float = inf
+    until: int
 
-    def __contains__(self, key: object) -> bool:
-        assert isinstance(key, ExpertKey)
-        position = self.by_layer[key.layer].get(key)
-        return position is not None and position <= self.until
+    def __contains__(self, key: Any) -> bool:
+        return bool(self.by_layer[key.layer].get(key, _NEVER) <= self.until)
 
 
 class Core:
@@ -108,6 +110,8 @@ class Core:
         self._unproven: dict[ExpertKey, int] = {}
         # Needed while still on its way, with the bytes that came ahead and count as useful unless the copy is given up.
         self._late: dict[ExpertKey, int] = {}
+        # Tables that have no slot for what has this rank or a later one, until something there may leave.
+        self._closed: dict[SlotTable, int] = {}
         # By layer: what its last gate needed, but will not soon need again.
         self._cold: list[set[ExpertKey]] = [set() for _ in tables]
 
@@ -122,6 +126,7 @@ class Core:
         table = self.tables[layer]
         keys = [ExpertKey(layer, expert) for expert in experts]
         self._advance(layer)
+        self._closed.pop(table, None)
         self._settle_guesses(layer, set(keys))
         resident, missing = [], []
         ready = table.ready()
@@ -196,10 +201,11 @@ class Core:
         """These leased experts are not read any more."""
         for key in keys:
             self.tables[key.layer].release(key)
+            self._closed.pop(self.tables[key.layer], None)
 
     def discard(self, key: ExpertKey) -> None:
         """An expert that passes through is not read any more, and its slot is free."""
-        self.tables[key.layer].drop(key)
+        self._vacate(key)
 
     def predict(self, position: int, ranked: Sequence[ExpertKey], nbytes: float, way: Hashable = None) -> None:
         """Speculate that these experts of a layer, most likely first, will be needed at `position`.
@@ -296,7 +302,7 @@ class Core:
         self._late.pop(key, None)
         self.tables[key.layer].filled(key)
         if not urgent:
-            self.tables[key.layer].release(key)
+            self.release([key])
         return True
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
@@ -378,9 +384,13 @@ class Core:
             return  # its error has yet to be told
         self.queue.forget(transfer)
         if transfer.slot >= 0:
-            self.tables[transfer.key.layer].drop(transfer.key)
+            self._vacate(transfer.key)
         if self._on_way.get(transfer.key) is transfer:
             del self._on_way[transfer.key]
+
+    def _vacate(self, key: ExpertKey) -> None:
+        self.tables[key.layer].drop(key)
+        self._closed.pop(self.tables[key.layer], None)
 
     def _start(self, transfer: Transfer, rank: int) -> bool:
         """Take a slot for a transfer whose first chunk is about to be written; False where there is none now."""
@@ -388,19 +398,21 @@ class Core:
         table = self.tables[key.layer]
         if table.slot_of(key) is not None:
             return False  # bytes of a copy that was dropped are still in flight
-        cold = key in self._cold[key.layer]
+        if rank >= self._closed.get(table, _NEVER):
+            return False
         if rank == URGENT:
-            slot = table.admit(key, _Expected(self._expected), cold)
+            cold = key in self._cold[key.layer]
+            slot = table.admit(key, _Expected(self._expected, _NEVER - 1), cold)
             if slot is None:
                 slot = table.admit(key, cold=cold)
-            if slot is None:
-                self._sacrifice(table)
-                slot = table.admit(key, cold=cold)
+            if slot is None and self._sacrifice(table) and (slot := table.admit(key, cold=cold)) is None:
+                return False  # what is in flight of it comes to its end first
         elif len(self.queue) >= len(table) and sum(t.slot >= 0 for t in self._speculation(table)) >= len(table) - 1:
-            slot = None  # one slot is closed to speculation
+            return False  # one slot is closed to speculation
         else:
             slot = table.admit(key, _Expected(self._expected, rank))
         if slot is None:
+            self._closed[table] = rank
             return False
         transfer.slot = slot
         return True
@@ -409,11 +421,12 @@ class Core:
         """Return what is on its way into a table and not urgent."""
         return [t for t in self.queue if self.queue.rank(t) != URGENT and self.tables[t.key.layer] is table]
 
-    def _sacrifice(self, table: SlotTable) -> None:
-        """Drop the speculation that is needed last of those that hold a slot: a layer waits for it."""
+    def _sacrifice(self, table: SlotTable) -> bool:
+        """Drop the speculation that is needed last of those that hold a slot: a layer waits. Whether there is any."""
         holding = [t for t in self._speculation(table) if t.slot >= 0 and not self.queue.complete(t)]
         if holding:
             self._drop(max(holding, key=self.queue.rank))
+        return bool(holding)
 
 
 def make_core(config: Config, tables: Sequence[SlotTable], cuts: Callable[[Transfer], Cuts]) -> Core:

@@ -118,7 +118,7 @@ class Predicted:
             self._cold[key] = None
 
     def used(self, key: ExpertKey) -> None:
-        self._count(key, self._one)
+        self._counts[key] = self._counts.get(key, 0.0) + self._one
         self._cold.pop(key, None)
         self._one *= 2.0 ** (1.0 / (self.HALF_LIFE * len(self._counts)))
         if self._one > 1e100:
@@ -126,23 +126,23 @@ class Predicted:
             self._one = 1.0
 
     def expected(self, key: ExpertKey) -> None:
-        self._count(key, self.NEARLY * self._one)
-
-    def _count(self, key: ExpertKey, what: float) -> None:
-        self._counts[key] = self._counts.get(key, 0.0) + what
+        self._counts[key] = self._counts.get(key, 0.0) + self.NEARLY * self._one
 
     def evicted(self, key: ExpertKey) -> None:
         del self._inside[key]
         self._cold.pop(key, None)
 
     def victim(self, kept: Container[ExpertKey]) -> ExpertKey | None:
+        for key in self._cold:
+            if key not in kept:
+                return key
         # Of equals the first is taken, and the order is that of admission: first in, first out. To ask what is kept
-        # takes longer than to sort.
-        for keys in (self._cold, sorted(self._inside, key=self._counts.__getitem__)):
-            for key in keys:
-                if key not in kept:
-                    return key
-        return None
+        # takes longer than to sort, and mostly the very least may leave.
+        count = self._counts.__getitem__
+        least = min(self._inside, key=count, default=None)
+        if least is None or least not in kept:
+            return least
+        return next((key for key in sorted(self._inside, key=count) if key not in kept), None)
 
 
 class Static:

@@ -88,13 +88,13 @@ class TransferQueue:
         start: takes a slot for a transfer of some rank whose first chunk comes next; False where there is none now.
         """
         waiting = list(self._waiting.items())
+        if speculative_budget == 0:
+            waiting = [item for item in waiting if item[1].rank == URGENT]
         if len(waiting) > 1:
             waiting.sort(key=self._order)
         for transfer, progress in waiting:
             most = budget
             if speculative_budget is not None and progress.rank != URGENT:
-                if not speculative_budget:
-                    continue
                 most = min(budget, speculative_budget)
             # `start` may have stopped another one to make room.
             if transfer in self._waiting and (progress.cursor or start(transfer, progress.rank)):
