@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -315,6 +316,46 @@ class TestCommand:
         done = self.invoke(str(tmp_path / "two"), "--model", str(there / "model"), "--out", str(tmp_path / "x.csv"))
         assert done.exit_code == 1
         assert "has 2 documents to look at, and three are needed" in " ".join(done.output.split())
+
+
+class TestSimulated:
+    """`simulate` with predictions as real predictors made them."""
+
+    def invoke(self, there: Path, *arguments: str) -> Any:
+        return CliRunner().invoke(
+            app, ["simulate", str(there / "model"), "--prompt", "4", "--tokens", "40", "--ablation", "all", *arguments]
+        )
+
+    def test_a_recorded_trace_as_predictors_see_it(self, there: Path) -> None:
+        mine = str(there / "mine.safetensors")
+        predictors = ["none", "gate", mine, "history", "perfect"]
+        given = ["--trace", str(there / "one"), "--predictor", ",".join(predictors), "--slots", "0.5", "--json"]
+        done = self.invoke(there, *given)
+        assert done.exit_code == 0, done.output
+        runs = {run["predictor"]: run for run in json.loads(done.stdout)["runs"]}
+        assert [*runs] == predictors
+        assert runs["gate"] == runs[mine] | {"predictor": "gate"}, "a correction by nothing is the gate"
+        assert runs["none"]["bytes_ahead"] == 0 < runs["history"]["bytes_ahead"] < runs["perfect"]["bytes_ahead"]
+        assert runs["history"]["accuracy"] < 0.3 < runs["perfect"]["accuracy"], "this model has no habits"
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            pytest.param(["--predictor", "gate"], "--predictor gate needs --trace", id="no-trace"),
+            pytest.param(["--predictor", "oracle"], "--predictor takes stated, perfect, none, random", id="unknown"),
+            pytest.param(["--predictor", "no.safetensors"], "or a predictor's file, got 'no.safeten", id="no-file"),
+        ],
+    )
+    def test_bad_input(self, there: Path, options: list[str], says: str) -> None:
+        done = self.invoke(there, *options)
+        assert done.exit_code == 2
+        assert says in " ".join(done.output.split())
+
+    def test_a_trace_without_states(self, there: Path, tmp_path: Path) -> None:
+        record(build(), tmp_path / "bare", states=False)
+        done = self.invoke(there, "--trace", str(tmp_path / "bare"), "--predictor", "gate", "--tokens", "2")
+        assert done.exit_code == 1
+        assert "has no hidden states" in " ".join(done.output.split())
 
 
 def test_tables_learn_over_documents(tmp_path: Path) -> None:

@@ -302,8 +302,6 @@ def test_other_bad_input(tmp_path: Path) -> None:
         read_software("magic")
     with pytest.raises(ValueError, match="slots as a count must be at least 1"):
         run(shape(), texts(shape(), 0), slots=0)
-    with pytest.raises(ValueError, match="predictor must be one of stated, perfect, none"):
-        Choice(predictor="gate")
     with pytest.raises(ValueError, match="none to decode after a prompt of 40"):
         list(passes(texts(shape(), 0), prompt=40))
     with pytest.raises(ValueError, match="popularity must be in"):

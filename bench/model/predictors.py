@@ -76,7 +76,8 @@ def main() -> None:
     made = []
     for kind, options in (
         ("learned", ["--width", "256", "--epochs", "6"]),
-        ("network", ["--network", "--width", "512", "--epochs", "12"]),
+        ("network", ["--network", "--width", "256", "--epochs", "6"]),
+        ("network-512", ["--network", "--width", "512", "--epochs", "12"]),
     ):
         made.append(work / f"{kind}.safetensors")
         if not made[-1].exists():

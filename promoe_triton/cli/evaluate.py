@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from promoe_triton.evaluation.comparing import NONE, Question, compare, steps
 from promoe_triton.evaluation.measures import ALL, Row
 from promoe_triton.policies import POLICIES
 from promoe_triton.predictors.choice import make_predictor
-from promoe_triton.predictors.reach import Reach, find_layers
+from promoe_triton.predictors.reach import Reach, RoutedLayers, find_layers
 from promoe_triton.protocols import Predictor
 from promoe_triton.traces import Trace, read_trace
 from promoe_triton.tracing import experts_of
@@ -64,8 +64,7 @@ def evaluate(
     if len(opened) < len(traces):
         raise ValueError("the traces need folders with names of their own")
     for trace in opened.values():
-        if next(trace.read()).state_TD(0) is None:
-            raise PromoeError(f"the trace in {trace.folder} has no hidden states; record it with --states")
+        check_states(trace)
     first = next(iter(opened.values()))
     question = _question(first, model, files, _shares(slots), distance, link, trust)
     rows: list[Row] = []
@@ -94,6 +93,31 @@ def _question(
     link: float,
     trust: bool,
 ) -> Question:
+    layers, make = predictors_for(trace, model, distance, trust)
+    names = dict(zip(NAMED, NAMED, strict=True)) | {name: str(file) for name, file in files.items()}
+    return Question(
+        layers=layers,
+        predictors={name: partial(make, what) for name, what in names.items()},
+        trusted=next(iter(files), "gate"),
+        slots=slots,
+        distance=distance,
+        link=link,
+    )
+
+
+def check_states(trace: Trace) -> None:
+    """Raise PromoeError where a trace has no hidden states, that predictors look at."""
+    if next(trace.read()).state_TD(0) is None:
+        raise PromoeError(f"the trace in {trace.folder} has no hidden states; record it with --states")
+
+
+def predictors_for(
+    trace: Trace, model: str | None, distance: int, trust: bool
+) -> tuple[RoutedLayers, Callable[[str], Predictor]]:
+    """Return the layers of the model that was traced, and what makes predictors for it, by name or file.
+
+    model: its name (None: the one in the trace).
+    """
     patched = load_routers(model, trace, trust)
     experts = experts_of(patched)
     layers = find_layers(patched, experts)
@@ -104,15 +128,7 @@ def _question(
         assert made is not None
         return made
 
-    names = dict(zip(NAMED, NAMED, strict=True)) | {name: str(file) for name, file in files.items()}
-    return Question(
-        layers=layers,
-        predictors={name: partial(make, what) for name, what in names.items()},
-        trusted=next(iter(files), "gate"),
-        slots=slots,
-        distance=distance,
-        link=link,
-    )
+    return layers, make
 
 
 def _shares(text: str) -> list[float]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import promoe_triton.simulation
+from promoe_triton.cli.evaluate import NAMED, check_states, predictors_for
 from promoe_triton.cli.generation import TRUST
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, working, write_csv
+from promoe_triton.config import LEARNED
+from promoe_triton.evaluation.goodpred import routed
+from promoe_triton.evaluation.replay import replay
 from promoe_triton.simulation.description import hardware_names, read_hardware, read_software
-from promoe_triton.simulation.routing import Statistics
+from promoe_triton.simulation.routing import Routed, Statistics
 from promoe_triton.simulation.shapes import model_shape
 from promoe_triton.simulation.sweep import (
     PREDICTORS,
@@ -24,7 +30,7 @@ from promoe_triton.simulation.sweep import (
     traced_texts,
 )
 from promoe_triton.techniques import ABLATION
-from promoe_triton.traces import read_trace
+from promoe_triton.traces import Trace, read_trace
 
 MODELS = Path(promoe_triton.simulation.__file__).parent / "models"
 
@@ -44,7 +50,13 @@ def simulate_command(
     prompt: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "128",
     tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 64,
     bits: Annotated[str, typer.Option(help="Bits per weight of a routed expert.")] = "16",
-    predictor: Annotated[str, typer.Option(help=f"Of {', '.join(PREDICTORS)}.")] = "stated",
+    predictor: Annotated[
+        str,
+        typer.Option(
+            help=f"Of {', '.join(PREDICTORS)}; with --trace also {', '.join(NAMED)}, "
+            "and files of `promoe-triton train`."
+        ),
+    ] = "stated",
     chunking: Annotated[str, typer.Option(help="As in Config: adaptive, fixed, tensor, expert.")] = "adaptive",
     policy: Annotated[str, typer.Option(help="auto, lru, lfru, predicted or static.")] = "auto",
     ablation: Annotated[str, typer.Option(help=f"Steps: {', '.join(ABLATION)}.")] = "lru,all",
@@ -80,6 +92,7 @@ def simulate_command(
     )
     for choice in choices:
         choice.config()
+        _check_predictor(choice.predictor, trace)
     statistics = Statistics(
         popularity=popularity, reuse=reuse, accuracy=tuple(float(one) for one in _cells(accuracy)), seed=seed
     )
@@ -91,10 +104,17 @@ def simulate_command(
         else:
             texts = traced_texts(read_trace(trace), shape, statistics, most + tokens)
     scene = Scene(shape=shape, hardware=machine, software=read_software(software), texts=texts)
+    shown = {choice.predictor for choice in choices} - {*PREDICTORS}
+    furthest = max(choice.distance for choice in choices)
+    replayed = {}
+    if trace is not None and shown:
+        with working(f"Showing {trace} to predictors"):
+            replayed = _replayed(read_trace(trace), model, shown, furthest, most + tokens, count, trust)
     rows: list[dict[str, Any]] = []
     with steps_progress("Simulating", len(choices)) as done:
         for choice in choices:
-            cut = [text.first(choice.prompt + tokens) for text in texts[: 2 * choice.batch]]
+            mine = replayed.get(choice.predictor, texts)
+            cut = [text.first(choice.prompt + tokens) for text in mine[: 2 * choice.batch]]
             outcome = simulate(replace(scene, texts=cut), choice)
             rows.append(asdict(choice) | outcome.as_dict())
             done(f"slots {choice.slots}, {choice.ablation}")
@@ -106,6 +126,32 @@ def simulate_command(
         print_json(about | {"statistics": asdict(statistics), "runs": rows})
         return
     _show(rows, f"{shape.name} on {machine.name}")
+
+
+def _check_predictor(name: str, trace: Path | None) -> None:
+    if name in PREDICTORS:
+        return
+    if name not in NAMED and not (name.endswith(LEARNED) and Path(name).is_file()):
+        raise ValueError(f"--predictor takes {', '.join((*PREDICTORS, *NAMED))}, or a predictor's file, got {name!r}")
+    if trace is None:
+        raise ValueError(f"--predictor {name} needs --trace: it looks at a model's states")
+
+
+def _replayed(
+    trace: Trace, model: str, names: Collection[str], distance: int, tokens: int, count: int, trust: bool
+) -> dict[str, list[Routed]]:
+    """Return by predictor what it names for the first `count` texts that are long enough."""
+    check_states(trace)
+    layers, make = predictors_for(trace, model, distance, trust)
+    active = layers.active
+    long = (document for document in trace.read() if document.tokens >= tokens)
+    documents = list(islice(long, count))
+    found = {}
+    for name in names:
+        predictor = make(name)
+        replays = [replay(document, layers, predictor, max(active)) for document in documents]
+        found[name] = [routed(one, active, distance) for one in replays]
+    return found
 
 
 def _cells(text: str) -> list[str]:
@@ -149,6 +195,7 @@ def _say_hidden(rows: list[dict[str, Any]]) -> None:
 
 
 def _show(rows: list[dict[str, Any]], title: str) -> None:
+    rows = [row | {"predictor": Path(row["predictor"]).stem} for row in rows]
     swept = [name for name in Choice.__dataclass_fields__ if len({row[name] for row in rows}) > 1] or ["slots"]
     header = [*swept, "TTFT ms", "TPOT ms", "tokens/s", "stalled", "hits", "GB", "wasted", "GOODPRED", "hidden"]
     print_table(
@@ -170,7 +217,8 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
         title=title,
     )
     print_note(
-        "Times are means after a first text that fills the cache; routing is made up (--popularity, --reuse, "
-        "--accuracy) or recorded (--trace). hidden: of what a plain LRU cache waits. "
+        "Times are means after a first text that fills the cache; routing is made up (--popularity, --reuse) or "
+        "recorded (--trace), predictions are as good as --accuracy says, or those of a predictor. hidden: of what a "
+        "plain LRU cache waits. "
         f"Machines: {', '.join(hardware_names())}."
     )
