@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("/usr/share/doc/python3.11/html/_sources"))
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
     parser.add_argument("--pieces", type=int, nargs=2, default=(320, 80), help="of documentation and of code")
-    parser.add_argument("--documents", type=int, default=8, help="of held-out text, and of the other domain")
+    parser.add_argument("--documents", type=int, default=24, help="of held-out text, and of the other domain")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "predictors", help="traces: some 4 GB")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "predictors")
     parser.add_argument("--ship", action="store_true", help="put the learned predictor into the package")
