@@ -267,7 +267,7 @@ def print_predictions(rows: Sequence[Row], targets: Sequence[str]) -> None:
 def print_markdown(rows: Sequence[Row], targets: Sequence[str]) -> None:
     """What the README shows: how many kernels, the products by target, the least times of some shapes on one GPU."""
     print(f"{len(rows)} kernels\n")
-    print("| target | kernel | versions | registers | versions that spill | shared memory, most | products by | weights by |")
+    print("| target | kernel | versions | registers | spilling | shared memory, most | products by | weights by |")
     print("|---|---|---|---|---|---|---|---|")
     for target in targets:
         for form in ("rows", "grouped"):

@@ -106,18 +106,32 @@ def open_store(folder: Path) -> CheckpointStore:
 
 
 @contextlib.contextmanager
-def large_checkpoint(source: Path, scratch: Path | None, expert_bytes: int, label: str) -> Iterator[Path]:
-    """Write the demo model (or random weights, where there is none) with larger experts; removed at the end."""
+def large_checkpoint(
+    source: Path, scratch: Path | None, expert_bytes: int, label: str, dtype: str | None = None
+) -> Iterator[Path]:
+    """Write the demo model (or random weights, where there is none) with larger experts; removed at the end.
+
+    dtype: of all weights (None: the source's).
+    """
     with tempfile.TemporaryDirectory(prefix="promoe-bench-", dir=scratch) as place:
         folder = Path(place) / "model"
         print(f"Writing {label}", flush=True)
         if is_trained(source):
+            if dtype is not None:
+                source = cast(source, Path(place) / "cast", dtype)
             inflate(source, folder, expert_bytes=expert_bytes)
         else:
             width = -(-expert_bytes // (3 * 512 * 2 * 64)) * 64
             write_random(Shape(experts=64, active=8, width=width), folder)
         os.sync()
         yield folder
+
+
+def cast(source: Path, folder: Path, dtype: str) -> Path:
+    """Write a checkpoint with all weights in another type."""
+    AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
 
 
 def is_trained(source: Path) -> bool:

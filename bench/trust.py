@@ -22,6 +22,7 @@ import torch
 from decoding import decode, prefill
 from models import MODEL, large_checkpoint, open_store, prompts, sizes
 from subjects import OnDisk
+from transformers import AutoConfig
 
 import promoe_triton
 from promoe_triton.chunking import DISK_LATENCY
@@ -354,7 +355,8 @@ def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> N
     text, later = prompts(MODEL, 2, max(length, prompt))
     decoded, asking = record_text(folder, text[:length], 1, config.distance)
     costs = replace(costs, asking=asking)
-    machine = Calibration(shape=model_shape(str(folder)), wire=wire, costs=costs, slowed=slowed)
+    bits = 8.0 * AutoConfig.from_pretrained(folder).dtype.itemsize
+    machine = Calibration(shape=model_shape(str(folder), bits=bits), wire=wire, costs=costs, slowed=slowed)
     results.write(
         [
             record.row("calibration", "link", "bandwidth", "GB/s", [wire.bandwidth / 1e9]),
@@ -416,13 +418,15 @@ def draw(folder: Path) -> None:
 def main() -> None:
     parser = record.arguments(__doc__ or "")
     parser.add_argument("--scratch", type=Path, help="folder for 5 GB of checkpoint (default: a temporary one)")
+    parser.add_argument("--dtype", help="of the weights: float32 on a machine whose products in bf16 crawl")
     args = parser.parse_args()
     record.confine()
     size = QUICK if args.quick else FULL
     results = record.results(args, "trust")
     if not results.has("calibration"):
         results.path.unlink(missing_ok=True)
-        with large_checkpoint(MODEL, args.scratch, size.expert_bytes, "a checkpoint with large experts") as folder:
+        label = "a checkpoint with large experts"
+        with large_checkpoint(MODEL, args.scratch, size.expert_bytes, label, args.dtype) as folder:
             compare(folder, results, size, args.quick)
     draw(record.folder(args))
 
