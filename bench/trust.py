@@ -135,7 +135,7 @@ def measure_resident(folder: Path, size: Size) -> tuple[Measured, float]:
     E, A, D = layers[0].experts, model.config.num_experts_per_tok, model.config.hidden_size
     dtype = next(model.parameters()).dtype
     calls = Calls(layers, E, A, D, dtype)
-    with torch.inference_mode():
+    with torch.no_grad():
         up, down = zip(*(calls.products(rows, size.repeats) for rows in size.rows), strict=True)
         wave = calls.another_wave(size.repeats)
         costs = Measured(
@@ -259,7 +259,7 @@ def measure_decisions(folder: Path, repeats: int) -> float:
     ids_TA = torch.tensor([ready])
     weights_TA = torch.full((1, A), 0.1).to(x_TD.dtype)
     layer.model.prefetcher = None
-    with torch.inference_mode():
+    with torch.no_grad():
         slots = seconds(lambda: layer.run(x_TD, ids_TA, weights_TA, True), 8 * repeats)
         call = layer.kernels.begin(x_TD, ids_TA, weights_TA)
 
