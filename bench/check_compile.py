@@ -267,14 +267,14 @@ def print_predictions(rows: Sequence[Row], targets: Sequence[str]) -> None:
 def print_markdown(rows: Sequence[Row], targets: Sequence[str]) -> None:
     """What the README shows: how many kernels, the products by target, the least times of some shapes on one GPU."""
     print(f"{len(rows)} kernels\n")
-    print("| target | kernel | versions | registers | spilling | shared memory, most | products by | weights by |")
+    print("| target | kernel | versions | registers | spills | shared memory, most | products by | weights by |")
     print("|---|---|---|---|---|---|---|---|")
     for target in targets:
         for form in ("rows", "grouped"):
             found = [one for one in rows if one.request.target == target and one.title.startswith(form)]
             of = [one.compiled for one in found if one.compiled]
             registers = sorted(c.registers for c in of)
-            spills = sum(c.spills + c.stack > 0 for c in of)
+            spills = sum(c.spills + c.stack for c in of)
             shared = max(c.shared for c in of) / 1024
             by = " or ".join(used) if (used := [name for name in TENSOR if any(c.counts.get(name) for c in of)]) else ""
             name = "single rows" if form == "rows" else "grouped rows"

@@ -343,6 +343,14 @@ class TestTiles:
         call = Call(T=64, A=8, E=128, dtype=torch.bfloat16)
         assert SHIPPED.grouped(call, Shape(N=64, K=K, gated=False, transposed=False)).depth == depth
 
+    @pytest.mark.parametrize(("gated", "columns"), [(True, 64), (False, 128)])
+    def test_weights_of_8_bits_leave_room_for_fewer_sums(self, gated: bool, columns: int) -> None:
+        call = Call(T=8192, A=8, E=128, dtype=torch.bfloat16)
+        wide, small = (Shape(N=2048, K=2048, gated=gated, transposed=False, small=small) for small in (False, True))
+        table = table_for("sm_100")
+        assert table.grouped(call, wide).columns == 2 * columns
+        assert table.grouped(call, small).columns == columns
+
     def test_another_table_can_be_given(self) -> None:
         mine = TileTable(target="mine", entries=TABLE.entries)
         assert mine.block(Call(T=1, A=1, E=1, dtype=torch.float32)) == 16

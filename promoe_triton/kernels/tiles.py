@@ -27,6 +27,9 @@ ROWS_PAIRS = 64
 PRECISE_PAIRS = 128
 """Up to so many routed pairs, the rows that are summed are kept in single precision."""
 
+SMALL_SUMS = 128
+"""Sums of one row in a tile, at most, where weights have 8 bits: in registers they are there twice, once widened."""
+
 CONTRACTION = {"enable_fp_fusion": True}
 """Contraction of products and sums decides bits, and the compiler's default is not the same in all versions."""
 
@@ -69,12 +72,16 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One product: K inputs to N results (`gated`: from 2 N sums), and how the weights lie."""
+    """One product: K inputs to N results (`gated`: from 2 N sums), and how the weights lie.
+
+    small: the weights have 8 bits, and become those of the rows in registers.
+    """
 
     N: int
     K: int
     gated: bool
     transposed: bool
+    small: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +111,8 @@ class TileTable:
         rows = self.block(call)
         entry = self._entry("grouped", call)[str(rows)]
         columns = entry["gated_columns" if shape.gated else "columns"]
+        if shape.small:
+            columns = min(columns, SMALL_SUMS // 2 if shape.gated else SMALL_SUMS)
         columns = min(columns, max(triton.next_power_of_2(shape.N), 16))
         depth = _depth(entry["depth"], shape.K, least=16)
         return Tile(rows=rows, columns=columns, depth=depth, warps=entry["warps"], stages=entry["stages"])

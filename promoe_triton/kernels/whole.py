@@ -40,7 +40,8 @@ def product(
 ) -> None:
     """Compute a product of the experts of one wave (None: of all). rows: as `plan` has grouped them."""
     gated = projection.gate.gated
-    shape = Shape(N=projection.N, K=projection.K, gated=gated, transposed=projection.is_transposed)
+    small = projection.weight.data.dtype.itemsize == 1
+    shape = Shape(N=projection.N, K=projection.K, gated=gated, transposed=projection.is_transposed, small=small)
     if rows is None:
         tile = table.rows(call, shape)
         rows_product(out, x, ids_TA, weights_TA, projection, wave_E, weighted=weighted, tile=tile)

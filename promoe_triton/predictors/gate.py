@@ -205,7 +205,8 @@ def _learned(run: _Run, head: Head, order: Sequence[int]) -> list[_Run]:
     mine = places[:known]
     found = []
     if known:
-        part = replace(run.part(0, known), inner=(head.in_DR, head.in_R, head.out_RHG[:, mine].flatten(1)))
+        out_RG = head.out_RHG[:, mine].flatten(1)
+        part = replace(run.part(0, known), inner=(_by_columns(head.in_DR), head.in_R, _by_columns(out_RG)))
         if head.out_HG is not None:
             part = replace(part, gated=False, bias_G=head.out_HG[mine].flatten())
         found.append(part)
@@ -214,16 +215,18 @@ def _learned(run: _Run, head: Head, order: Sequence[int]) -> list[_Run]:
     return found
 
 
+def _by_columns(matrix: Tensor) -> Tensor:
+    """Return a matrix whose columns lie side by side, as the gates' do: for one row it is twice as fast on a CPU."""
+    return matrix.T.contiguous().T
+
+
 SMALL = 1 << 18
-"""Weights of a product up to which it is fastest in single precision on a CPU: what counts is operations, not bytes.
-Without AVX-512 there are no operations on bf16, and it always is."""
+"""Weights of a product up to which it is fastest in single precision on a CPU: what counts is operations, not bytes."""
 
 
 def _quick(run: _Run) -> _Run:
     """Return a run in the precision in which it is fastest."""
-    if not run.weight_DG.is_cpu:
-        return run
-    if run.weight_DG.numel() > SMALL and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if not run.weight_DG.is_cpu or run.weight_DG.numel() > SMALL:
         return run
     inner = None
     if run.inner is not None:
