@@ -107,7 +107,8 @@ class Config:
         (``"chunks"``, ``"preemption"``, ``"reorder"``). For measuring; the output is always the same.
     backend: what computes: ``"torch"``, ``"triton"`` (kernels for GPUs; with slots in RAM only in Triton's
         interpreter, for tests), ``"auto"``: Triton on a GPU, torch elsewhere.
-    tiles: a table of tiles for the kernels in place of the shipped one, as `promoe-triton tune` writes it.
+    tiles: a table of tiles for the kernels in place of the shipped one, as `promoe-triton tune` writes it. Resident
+        layers stay out of CUDA graphs with it, as graphs know the shipped one only.
     io_timeout: seconds without progress after which a read is given up with an error.
     lock_timeout: seconds a forward waits for another thread's forward through the same layer.
     """

@@ -47,5 +47,6 @@ def pytest_sessionfinish(session: Any) -> None:
     path = session.config.getoption("--families-report")
     if path and not hasattr(session.config, "workerinput"):
         versions = {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
-        report = {"versions": versions, "families": dict(sorted(_outcomes.items()))}
+        families = {family: dict(sorted(found.items())) for family, found in sorted(_outcomes.items())}
+        report = {"versions": versions, "families": families}
         Path(path).write_text(json.dumps(report, indent=1) + "\n")

@@ -23,7 +23,8 @@ def render(report: Any) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f'Seen with {versions}, every family as a tiny random model; "equal" is bit for bit, in the prefill and every',
-        "decode step, for five numbers of slots from the fewest possible to all.",
+        "decode step (in one forward of a model that does not generate), for five numbers of slots from the fewest",
+        "possible to all; from a checkpoint in fp32, half of the experts in slots, through the page cache and past it.",
         "",
         "| family | experts | how they are kept | fp32 | bf16 | from a checkpoint |",
         "|---|---|---|---|---|---|",

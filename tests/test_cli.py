@@ -297,10 +297,12 @@ def test_make_passes_the_prompt_on(verb: str, argument: list[str], passed: list[
         file.touch()
         file.chmod(0o755)
     (tmp_path / ".installed").touch()
+    # Without what this run itself was given, as by make test ARGS="-k make".
+    surroundings = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS")}
     done = subprocess.run(
         ["make", "--no-print-directory", verb, f"VENV={tmp_path}", *argument],
         cwd=ROOT,
-        env=os.environ | {"PROMPT": "$P$G", "DEMO_PROMPT": "from elsewhere"},
+        env=surroundings | {"PROMPT": "$P$G", "DEMO_PROMPT": "from elsewhere"},
         capture_output=True,
         text=True,
         timeout=60,

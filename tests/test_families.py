@@ -16,8 +16,15 @@ from promoe_triton.patch._families import describe
 
 TOKENS = 7
 NEW = 4
-REFUSED = ("switch_transformers", "nllb-moe", "doge", "vitpose")
+REFUSED = {
+    "switch_transformers": ("SwitchTransformersExperts", "separate modules"),
+    "nllb-moe": ("NllbMoeExperts", "separate modules"),
+    "doge": ("DogeCDMoE", "rows of embeddings"),
+    "vitpose": ("VitPoseNaiveMoe", "by data set"),
+}
 PATCHABLE = [name for name in FAMILIES if name not in REFUSED]
+# One of each way in which experts are kept.
+HALVES = ("mixtral", "gpt_oss", "dbrx", "nemotron_h", "llama4")
 # Where transformers itself cannot run the model, there is nothing to be equal to.
 STOCK_FAILS = {
     ("qwen3_omni_moe_talker", "bf16"): "its router's product mixes fp32 and bf16",
@@ -28,7 +35,9 @@ LOADED_WHOLE = {
     "ernie4_5_vl_moe": "text and vision experts share one numbering in the checkpoint",
     "diffusion_gemma": "encoder and decoder share weights that the checkpoint holds once",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CASES = [(name, dtype) for name in PATCHABLE for dtype in ("fp32", "bf16") if (name, dtype) not in STOCK_FAILS]
+CASES += [(name, "fp16") for name in HALVES]
 
 
 def outputs(family: Any, model: Any) -> list[Tensor]:
@@ -49,7 +58,7 @@ def count(model: Any) -> int:
     return sum(layout.experts for m in model.modules() if (layout := describe(m)) is not None)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n in PATCHABLE for d in DTYPES if (n, d) not in STOCK_FAILS])
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_bitwise(name: str, dtype: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     spool = tmp_path / "spool"
@@ -99,7 +108,10 @@ def test_from_checkpoint(name: str, io: Any, tmp_path: Path) -> None:
 def test_refused_by_name(name: str) -> None:
     torch.manual_seed(0)
     model = FAMILIES[name].build()
-    before = list(model.state_dict())
-    with pytest.raises(promoe_triton.PromoeError, match=r"cannot be patched: \w+"):
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    kind, reason = REFUSED[name]
+    with pytest.raises(promoe_triton.PromoeError, match=f"{kind} cannot be patched: .*{reason}"):
         promoe_triton.patch(model, slots=2)
-    assert list(model.state_dict()) == before
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)

@@ -5,6 +5,7 @@ On a GPU where there is one, else in Triton's interpreter with slots in RAM.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from promoe_triton import PromoeError
 from promoe_triton.backends.choice import make_backend
 from promoe_triton.backends.gates import fused_gate
 from promoe_triton.backends.triton import UNIT, Places, TritonBackend
+from promoe_triton.kernels.tiles import TABLE, Call, Shape, target_of
 from promoe_triton.kernels.twins import error
 from promoe_triton.layer import ProMoEExperts
 from promoe_triton.patch._families import describe
@@ -155,6 +157,27 @@ def test_half_precision(tmp_path: Path) -> None:
     options: Any = {"slots": SLOTS, "store": "spool", "spool_dir": tmp_path, "backend": "triton"}
     promoe_triton.patch(model, device=DEVICE.type, **options)
     assert error(output(model, "gpt_oss", 5), want) < 2e-2
+
+
+def test_tiles_of_ones_own(tmp_path: Path) -> None:
+    """Other tiles, same layer; and one that has no tiles for this device is refused by name."""
+    table = json.loads(TABLE.read_text())
+    target = target_of(DEVICE)
+    for entry in table["targets"][target]["32"]["grouped"].values():
+        entry |= {"columns": 16, "gated_columns": 16, "depth": 16}
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(table))
+    want = output(patched("mixtral"), "mixtral", 7)
+    model = patched("mixtral", tiles=mine, slots=SLOTS, store="memory")
+    layer = next(m._promoe for m in model.modules() if hasattr(m, "_promoe"))
+    call = Call(T=7, A=2, E=layer.experts, dtype=torch.float32)
+    shape = Shape(N=64, K=64, gated=False, transposed=False)
+    assert layer.kernels._table.grouped(call, shape).columns == 16
+    assert error(output(model, "mixtral", 7), want) < CLOSE
+    del table["targets"][target]
+    (tmp_path / "other.json").write_text(json.dumps(table))
+    with pytest.raises(promoe_triton.PromoeError, match=r"other\.json is no table of tiles for"):
+        patched("mixtral", tiles=tmp_path / "other.json")
 
 
 def test_resident_weights_may_be_cast() -> None:

@@ -107,6 +107,11 @@ CASES: dict[str, tuple[Callable[[Layer, Routed], dict[str, Any]], type[Exception
         ValueError,
         r"wave: expected contiguous \[3\], got \[4\]",
     ),
+    "wave of booleans": (
+        lambda layer, call: {"wave_E": torch.ones(3, dtype=torch.bool, device=DEVICE)},
+        TypeError,
+        "wave: expected int32, got torch.bool",
+    ),
     "ids as floats": (
         lambda layer, call: {"ids_TA": call.weights_TA},
         TypeError,
@@ -222,6 +227,10 @@ def test_ranks_are_checked(call: Routed) -> None:
 def test_rows_of_the_sum_are_checked(call: Routed) -> None:
     with pytest.raises(ValueError, match="rows: expected 4 of them, got 5"):
         combine(poisoned(5, 8, dtype=torch.float32), None, *dataclasses.astuple(call), experts=3, weighted=True)
+    for order, error in ((torch.zeros(4), TypeError), (torch.zeros(3, dtype=torch.int32), ValueError)):
+        given = (poisoned(4, 8, dtype=torch.float32), order.to(DEVICE), *dataclasses.astuple(call))
+        with pytest.raises(error, match="order: expected"):
+            combine(*given, experts=3, weighted=True)
 
 
 def test_the_cpu_needs_the_interpreter() -> None:

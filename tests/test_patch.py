@@ -28,6 +28,8 @@ from zoo import FAMILIES
 
 import promoe_triton
 from promoe_triton import PromoeError, budget
+from promoe_triton.links import choice
+from promoe_triton.links.filling import SlotFiller
 from promoe_triton.memory import in_files
 from promoe_triton.patch import _rest, _swap
 from promoe_triton.patch._families import describe
@@ -951,6 +953,23 @@ class TestFromPretrained:
         skeleton = loading.skeleton_of(str(folder), {"dtype": dtype, "config": config})
         assert loading._everything_fits(skeleton, torch.device("cpu")) is resident
         assert config.dtype == before.dtype, "the caller's configuration is left alone"
+
+    @pytest.mark.parametrize(("spare", "direct"), [(0, False), (-1, True)], ids=["fits", "does-not-fit"])
+    def test_the_page_cache_is_used_where_all_fits_beside_the_slots(
+        self, spare: int, direct: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        opened: list[bool] = []
+
+        def look(store: Any, memories: Any, direct: bool) -> SlotFiller:
+            opened.append(direct)
+            return SlotFiller(store, memories, direct)
+
+        monkeypatch.setattr(choice, "SlotFiller", look)
+        slots = promoe_triton.stats(promoe_triton.from_pretrained(folder, slots=3, io="buffered")).slot_bytes
+        monkeypatch.setattr(choice, "free_memory", lambda: files + slots + spare)
+        promoe_triton.from_pretrained(folder, slots=3, io="auto")
+        assert opened == [False, direct]
 
     def test_a_relative_name_outlives_the_working_directory(
         self, folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch

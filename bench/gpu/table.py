@@ -56,7 +56,7 @@ class Result:
 
 CELL = ("part", "shape", "T", "variant", "residency")
 RESULT = tuple(field.name for field in fields(Result))
-KEY = (*CELL, "device", "torch", "triton", "dtype", "source", "tiles")
+KEY = (*CELL, "device", "torch", "triton", "transformers", "dtype", "source", "tiles")
 """Rows that agree in these measure the same thing; others are of another machine, or of other kernels."""
 
 

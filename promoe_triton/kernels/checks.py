@@ -125,6 +125,7 @@ def check_projection(out: Tensor, x: Tensor, projection: Projection, wave_E: Ten
         expect_type(dtype == torch.float32, "scale", "float32", dtype)
     if wave_E is not None:
         expect(wave_E.shape == (E,) and wave_E.is_contiguous(), "wave", f"contiguous [{E}]", list(wave_E.shape))
+        expect_type(wave_E.dtype == torch.int32, "wave", "int32", wave_E.dtype)
     pools = [pool for pool in (projection.bias, projection.scale) if pool is not None]
     more = {f"pool {i}": tensor for i, pool in enumerate(pools) for tensor in pool.tensors}
     check_device(input=x, output=out, weight=weight.data, slots=weight.slot_of_E, wave=wave_E, **more)

@@ -11,11 +11,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from promoe_triton.kernels.checks import check_device, check_matrix, check_routing, expect
+from promoe_triton.kernels.checks import check_device, check_matrix, check_routing, expect, expect_type
 from promoe_triton.kernels.rounding import rounded
 from promoe_triton.kernels.tiles import CONTRACTION
 
@@ -81,6 +82,10 @@ def combine(
     check_matrix("rows", out_RD, D)
     expect(out_RD.shape[0] == T * A, "rows", f"{T * A} of them", out_RD.shape[0])
     expect(x_TD.shape[0] == T, "input", f"{T} rows", x_TD.shape[0])
+    if row_of_R is not None:
+        expect_type(row_of_R.dtype == torch.int32, "order", "int32", row_of_R.dtype)
+        fits = row_of_R.shape == (T * A,) and row_of_R.is_contiguous()
+        expect(fits, "order", f"contiguous [{T * A}]", list(row_of_R.shape))
     if identities:
         check_matrix("input", x_TD, D)
     tensors = {"rows": out_RD, "input": x_TD, "expert ids": ids_TA, "routing weights": weights_TA, "order": row_of_R}
