@@ -137,12 +137,14 @@ def test_a_resident_layer_in_a_graph(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("slots", [None, SLOTS], ids=["resident", "few"])
-def test_compiled_generation(slots: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h", "llama4"])
+def test_compiled_generation(name: str, slots: int | None, tmp_path: Path) -> None:
+    """Each layout that transformers compiles as one graph."""
     torch._dynamo.reset()
-    stock = build("mixtral").to(DEVICE)
-    inputs = given(stock, "mixtral", 5)
+    stock = build(name).to(DEVICE)
+    inputs = given(stock, name, 5)
     want = stock.generate(**inputs, max_new_tokens=4, do_sample=False)
-    model = patched("mixtral", slots=slots, spool_dir=tmp_path)
+    model = patched(name, slots=slots, spool_dir=tmp_path)
     settings = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     settings._compile_all_devices = True
     options: Any = {"cache_implementation": "static", "compile_config": settings}
