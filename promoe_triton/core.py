@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from promoe_triton.admission import Admission, places
@@ -60,19 +61,16 @@ class Tally:
     unproven: int = 0
 
 
-_NEVER = 1 << 62
-"""A position that no run comes to."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What is expected until a position. by_layer: at which position each expert is."""
+    """What is expected before a position (inf: at all). by_layer: at which position each expert is."""
 
     by_layer: Sequence[Mapping[ExpertKey, int]]
-    until: int
+    before: float
 
     def __contains__(self, key: Any) -> bool:
-        return bool(self.by_layer[key.layer].get(key, _NEVER) <= self.until)
+        position: float = self.by_layer[key.layer].get(key, inf)
+        return position < self.before
 
 
 class Core:
@@ -398,11 +396,11 @@ class Core:
         table = self.tables[key.layer]
         if table.slot_of(key) is not None:
             return False  # bytes of a copy that was dropped are still in flight
-        if rank >= self._closed.get(table, _NEVER):
+        if rank >= self._closed.get(table, inf):
             return False
         if rank == URGENT:
             cold = key in self._cold[key.layer]
-            slot = table.admit(key, _Expected(self._expected, _NEVER - 1), cold)
+            slot = table.admit(key, _Expected(self._expected, inf), cold)
             if slot is None:
                 slot = table.admit(key, cold=cold)
             if slot is None and self._sacrifice(table) and (slot := table.admit(key, cold=cold)) is None:
@@ -410,7 +408,7 @@ class Core:
         elif len(self.queue) >= len(table) and sum(t.slot >= 0 for t in self._speculation(table)) >= len(table) - 1:
             return False  # one slot is closed to speculation
         else:
-            slot = table.admit(key, _Expected(self._expected, rank))
+            slot = table.admit(key, _Expected(self._expected, rank + 1))
         if slot is None:
             self._closed[table] = rank
             return False

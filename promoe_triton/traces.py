@@ -120,6 +120,11 @@ class Trace:
     def tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards)
 
+    def check_states(self) -> None:
+        """Raise PromoeError where hidden states were not recorded, at which predictors look."""
+        if next(self.read()).state_TD(0) is None:
+            raise PromoeError(f"the trace in {self.folder} has no hidden states; record it with --states")
+
     def read(self) -> Iterator[Document]:
         """Yield all documents in order; no more is in memory than is asked of one. Raises PromoeError for bad files."""
         number = 0

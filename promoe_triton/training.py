@@ -96,8 +96,7 @@ def check_trace(trace: Trace, gates: Gates) -> None:
     ours = [(gate.experts, gate.weight_GD.shape[1]) if isinstance(gate, Gate) else None for gate in gates.layers]
     if len(shapes) != len(ours) or any(one not in (None, shape) for one, shape in zip(ours, shapes, strict=True)):
         raise PromoeError(f"the trace in {trace.folder} is of another model: {trace.about.get('model')}")
-    if next(trace.read()).state_TD(0) is None:
-        raise PromoeError(f"the trace in {trace.folder} has no hidden states; record it with --states")
+    trace.check_states()
     if trace.documents < 2:
         raise PromoeError(f"the trace in {trace.folder} has a single document, and some must be held out")
 

@@ -302,6 +302,9 @@ def test_other_bad_input(tmp_path: Path) -> None:
         read_software("magic")
     with pytest.raises(ValueError, match="slots as a count must be at least 1"):
         run(shape(), texts(shape(), 0), slots=0)
+    scene = Scene(shape=shape(), hardware=MACHINE, software=LOOP, texts=texts(shape(), 0, count=2))
+    with pytest.raises(ValueError, match="predictor must be one of stated, perfect, none"):
+        simulate(scene, Choice(predictor="gate"))
     with pytest.raises(ValueError, match="none to decode after a prompt of 40"):
         list(passes(texts(shape(), 0), prompt=40))
     with pytest.raises(ValueError, match="popularity must be in"):

@@ -13,7 +13,6 @@ import typer
 from promoe_triton.cli.generation import TRUST, load_routers
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, write_csv
 from promoe_triton.config import LEARNED
-from promoe_triton.errors import PromoeError
 from promoe_triton.evaluation.caches import BELADY
 from promoe_triton.evaluation.comparing import NONE, Question, compare, steps
 from promoe_triton.evaluation.measures import ALL, Row
@@ -64,7 +63,7 @@ def evaluate(
     if len(opened) < len(traces):
         raise ValueError("the traces need folders with names of their own")
     for trace in opened.values():
-        check_states(trace)
+        trace.check_states()
     first = next(iter(opened.values()))
     question = _question(first, model, files, _shares(slots), distance, link, trust)
     rows: list[Row] = []
@@ -103,12 +102,6 @@ def _question(
         distance=distance,
         link=link,
     )
-
-
-def check_states(trace: Trace) -> None:
-    """Raise PromoeError where a trace has no hidden states, that predictors look at."""
-    if next(trace.read()).state_TD(0) is None:
-        raise PromoeError(f"the trace in {trace.folder} has no hidden states; record it with --states")
 
 
 def predictors_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import promoe_triton.simulation
-from promoe_triton.cli.evaluate import NAMED, check_states, predictors_for
+from promoe_triton.cli.evaluate import NAMED, predictors_for
 from promoe_triton.cli.generation import TRUST
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, working, write_csv
 from promoe_triton.config import LEARNED
@@ -98,24 +98,23 @@ def simulate_command(
     )
     most = max(choice.prompt for choice in choices)
     count = 2 * max(choice.batch for choice in choices)
-    with working("Making up how tokens are routed" if trace is None else f"Reading {trace}"):
-        if trace is None:
+    named: dict[str, list[Routed]] = {}
+    if trace is None:
+        with working("Making up how tokens are routed"):
             texts = synthetic_texts(shape, statistics, count, most + tokens)
-        else:
-            texts = traced_texts(read_trace(trace), shape, statistics, most + tokens)
-    scene = Scene(shape=shape, hardware=machine, software=read_software(software), texts=texts)
-    shown = {choice.predictor for choice in choices} - {*PREDICTORS}
-    furthest = max(choice.distance for choice in choices)
-    replayed = {}
-    if trace is not None and shown:
-        with working(f"Showing {trace} to predictors"):
-            replayed = _replayed(read_trace(trace), model, shown, furthest, most + tokens, count, trust)
+    else:
+        with working(f"Reading {trace}"):
+            recorded = read_trace(trace)
+            texts = traced_texts(recorded, shape, statistics, most + tokens)
+        if shown := {choice.predictor for choice in choices} - {*PREDICTORS}:
+            furthest = max(choice.distance for choice in choices)
+            with working(f"Showing {trace} to predictors"):
+                named = _named(recorded, model, shown, furthest, most + tokens, count, trust)
+    scene = Scene(shape=shape, hardware=machine, software=read_software(software), texts=texts, named=named)
     rows: list[dict[str, Any]] = []
     with steps_progress("Simulating", len(choices)) as done:
         for choice in choices:
-            mine = replayed.get(choice.predictor, texts)
-            cut = [text.first(choice.prompt + tokens) for text in mine[: 2 * choice.batch]]
-            outcome = simulate(replace(scene, texts=cut), choice)
+            outcome = simulate(scene.first(2 * choice.batch, choice.prompt + tokens), choice)
             rows.append(asdict(choice) | outcome.as_dict())
             done(f"slots {choice.slots}, {choice.ablation}")
     _say_hidden(rows)
@@ -137,11 +136,11 @@ def _check_predictor(name: str, trace: Path | None) -> None:
         raise ValueError(f"--predictor {name} needs --trace: it looks at a model's states")
 
 
-def _replayed(
+def _named(
     trace: Trace, model: str, names: Collection[str], distance: int, tokens: int, count: int, trust: bool
 ) -> dict[str, list[Routed]]:
     """Return by predictor what it names for the first `count` texts that are long enough."""
-    check_states(trace)
+    trace.check_states()
     layers, make = predictors_for(trace, model, distance, trust)
     active = layers.active
     long = (document for document in trace.read() if document.tokens >= tokens)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,14 @@ from promoe_triton.simulation.simulator import Outcome, Simulator
 from promoe_triton.traces import Trace
 
 PREDICTORS = ("stated", "perfect", "none")
-"""As accurate as the statistics say; always right; never asked. Others are those that named what the texts have."""
+"""As accurate as the statistics say; always right; never asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
     """What stays the same in a sweep. texts: as they are routed; the first of them fills the cache and is not counted.
 
+    named: the same texts with what real predictors name for them, by predictor.
     costs: how long things take on this machine, given a shape (None: a roofline). wire: the link (None: the machine's).
     """
 
@@ -34,7 +35,27 @@ class Scene:
     hardware: Hardware
     software: Software
     texts: Sequence[Routed]
+    named: Mapping[str, Sequence[Routed]] = field(default_factory=dict)
     costs: Callable[[ModelShape], Costs] | None = None
+
+    def texts_of(self, predictor: str) -> Sequence[Routed]:
+        """Return the texts with what a predictor names. Raises ValueError where it is not known what that is."""
+        if predictor == "perfect":
+            return [text.truth for text in self.texts]
+        if predictor in PREDICTORS:
+            return self.texts
+        if predictor not in self.named:
+            known = ", ".join((*PREDICTORS, *self.named))
+            raise ValueError(f"predictor must be one of {known}, got {predictor!r}")
+        return self.named[predictor]
+
+    def first(self, texts: int, tokens: int) -> Scene:
+        """Return the scene with so many of its texts, cut to so many tokens."""
+
+        def cut(found: Sequence[Routed]) -> list[Routed]:
+            return [text.first(tokens) for text in found[:texts]]
+
+        return replace(self, texts=cut(self.texts), named={name: cut(found) for name, found in self.named.items()})
 
     def costs_of(self, shape: ModelShape) -> Costs:
         return self.costs(shape) if self.costs else Roofline(self.hardware, self.software, shape)
@@ -72,7 +93,7 @@ class Choice:
 
 def combinations(**values: Sequence[Any]) -> Iterator[Choice]:
     """Yield every combination of these values of `Choice`, the last one changing fastest."""
-    names = {field.name for field in fields(Choice)}
+    names = {one.name for one in fields(Choice)}
     assert values.keys() <= names
     for cells in itertools.product(*values.values()):
         yield Choice(**dict(zip(values, cells, strict=True)))
@@ -92,7 +113,7 @@ def simulate(scene: Scene, choice: Choice, **options: Any) -> Outcome:
     )
     if len(scene.texts) < 2 * choice.batch:
         raise ValueError(f"a batch of {choice.batch} needs {2 * choice.batch} texts, and there are {len(scene.texts)}")
-    texts = [text.truth for text in scene.texts] if choice.predictor == "perfect" else scene.texts
+    texts = scene.texts_of(choice.predictor)
     simulator.run(passes(texts[: choice.batch], prompt=choice.prompt, batch=choice.batch))
     simulator.reset()
     return simulator.run(passes(texts[choice.batch :], prompt=choice.prompt, batch=choice.batch))
