@@ -29,9 +29,10 @@ PREDICTED: dict[str, dict[str, Any]] = {
     "random": {"predictor": "random"},
     "gate": {"predictor": "gate"},
     "learned": {"predictor": PREDICTOR},
-    "gate, LRU": {"predictor": "gate", "policy": "lru"},
+    "learned, always": {"predictor": PREDICTOR, "always_predict": True},
+    "gate, always": {"predictor": "gate", "always_predict": True},
 }
-"""Everything on, with other predictors, and with another policy."""
+"""Everything on, with other predictors: by default in the passes that are faster for it, or in all."""
 SLOW = "250MB/s"
 WHOLE_LAYERS = "decode, whole layers, 50.0% in slots"
 
@@ -42,7 +43,7 @@ def options(variant: str) -> dict[str, Any]:
         return {"predictor": "none"}
     if variant in PREDICTED:
         return PREDICTED[variant]
-    return {"ablation": variant}
+    return {"ablation": variant, "always_predict": variant != "all"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +268,7 @@ def predictors(subject: Subject, results: record.Results, share: float, length: 
     case = f"decode, predictors, {share:.1%} in slots"
     if not results.has(case):
         results.begin()
-        variants = ("learned", "gate", "gate, LRU", NO_PREDICTION)
+        variants = ("learned", "learned, always", "gate", "gate, always", NO_PREDICTION)
         runs = compare(subject, variants, length, slots=round(subject.experts * share))
         ratio = [speedup(case, runs, variant, NO_PREDICTION) for variant in variants[:-1]]
         results.write([*rows_of(case, runs), *ratio, speedup(case, runs, "learned", "gate")])
@@ -294,7 +295,7 @@ def everything(subject: Subject, results: record.Results, quick: bool) -> None:
     for share in SHARES[:1] if quick else SHARES:
         ablation(subject, results, share, length(32, 128, 3), dict.fromkeys(SHARES, 1.0) | {0.5: 1.25, 0.75: 1.25})
     for share in (0.5,) if quick else (0.25, 0.5, 0.75):
-        predictors(subject, results, share, length(16, 48, 3))
+        predictors(subject, results, share, length(32, 96, 3))
     for tokens in (16,) if quick else (128, 512, 2048):
         prompt_after_another(subject, results, tokens, 2 if quick else 3)
     chance(subject, results, "the disk", length(16, 24, 12))

@@ -298,13 +298,13 @@ class Logged:
 def record_text(folder: Path, ids: Sequence[int], prompt: int, distance: int) -> tuple[Routed, float]:
     """Return how a text is routed and what the default predictor says of it, and the seconds of a prediction."""
     recorder = RoutingRecorder(len(ids))
-    model = load(folder, {"slots": 0.9, "predictor": recorder})
+    model = load(folder, {"slots": 0.9, "predictor": recorder, "always_predict": True})
     run_text(model, ids, prompt)
     layers = range(len(find_experts_of(model)))
     found = [np.concatenate([one[i] for one in recorder.recording]).astype(np.int16) for i in layers]
     del model
     gc.collect()
-    model = load(folder, {"slots": 0.5})
+    model = load(folder, {"slots": 0.5, "always_predict": True})
     prefetcher = model.get_submodule(find_experts_of(model)[0])._promoe.model.prefetcher
     logged = Logged(prefetcher._predictor)
     prefetcher._predictor = logged

@@ -100,6 +100,8 @@ class Config:
     predictor: what says which experts to copy ahead: ``"gate"`` (the later layer's own router, asked today),
         ``"token"`` and ``"history"`` (tables learned while running), ``"auto"`` (the gate, and tables where it
         cannot see), ``"random"``, ``"none"``, a file that `promoe-triton train` wrote, or a `Predictor`.
+    always_predict: predict in every decode pass. By default passes with and without predictions are compared while
+        the model runs, and those that are slower become rare.
     distance: how many layers ahead to predict, at least 1.
     width: experts named per layer and token; None: as many as the router chooses.
     ablation: which of the paper's techniques are on: ``"all"``, or a step of its ablation (``"static"``,
@@ -128,6 +130,7 @@ class Config:
     profile: Path | str | None = None
     warm: bool = True
     predictor: str | Path | Predictor = "auto"
+    always_predict: bool = False
     distance: int = 2
     width: int | None = None
     ablation: str = "all"
@@ -193,8 +196,9 @@ class Config:
             raise TypeError(f"bandwidth must be a number or a size such as '1.5GB/s', got {self.bandwidth!r}")
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise ValueError(f"bandwidth must be positive and finite, in bytes per second, got {self.bandwidth!r}")
-        if not isinstance(self.warm, bool):
-            raise TypeError(f"warm must be True or False, got {self.warm!r}")
+        for name in ("warm", "always_predict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("spool_dir", "profile", "tiles"):
             if not isinstance(getattr(self, name), Path | str | None):
                 raise TypeError(f"{name} must be a path, got {getattr(self, name)!r}")

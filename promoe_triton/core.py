@@ -98,6 +98,8 @@ class Core:
         self.admission = Admission()
         self._tallies = [Tally() for _ in tables]
         self.position = 0
+        # Experts that gates needed and nothing but speculation had put, or would have put, into slots.
+        self.absent = 0
         self._cuts = cuts
         self._preempt = preempt
         self._reorder = reorder
@@ -140,6 +142,7 @@ class Core:
                 table.touch(key)
             if not self._reorder:
                 table.make_room(len(missing))
+        self.absent += len(missing)
         self._cold[layer] = {*missing} if recent is not None else set()
         needed = {key.expert: key for key in keys} if recent else {}
         for expert in recent or ():
@@ -261,7 +264,7 @@ class Core:
 
     def inherit(self, other: Core) -> None:
         """Take over what another core has learned and counted."""
-        self.admission, self._tallies = other.admission, other._tallies
+        self.admission, self._tallies, self.absent = other.admission, other._tallies, other.absent
 
     def queued(self, position: int) -> int:
         """Bytes that are to be copied ahead of need, until `position`.
@@ -337,6 +340,7 @@ class Core:
         tally.useful += nbytes
         if self.tables[key.layer].is_ready(key):
             tally.on_time += 1
+            self.absent += 1
         else:
             tally.late += 1
             self._late[key] = nbytes

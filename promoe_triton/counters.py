@@ -79,6 +79,7 @@ class Stats:
     stall_seconds: time layers waited for copies.
     host_reads: how often the host waited for what a GPU had computed: once per call of a layer that is not resident,
         and once before the first layer and after the last, where something is predicted there.
+    predicted: passes with predictions, prompts left out: the more, the more they are worth (`Config.always_predict`).
     copied_ahead: what prefetching did, by layer. Empty without slots.
     link_seconds: time in which the link was copying, filling the slots at the start left out; run_seconds: the time
         that all passes took; link_bandwidth: bytes per second while it was copying, lately.
@@ -99,6 +100,7 @@ class Stats:
     bytes_read: int
     stall_seconds: float
     host_reads: int
+    predicted: int
     copied_ahead: tuple[Ahead, ...]
     link_seconds: float
     link_bandwidth: float
@@ -152,6 +154,7 @@ class Stats:
         rows, ahead = [], self.ahead
         if ahead.experts:
             rows = [
+                ("predicted", f"in {self.predicted} passes"),
                 (
                     "copied ahead",
                     f"{ahead.experts} experts: {ahead.on_time} on time, {ahead.late} late, {ahead.wasted} wasted "

@@ -51,8 +51,13 @@ class Prefetcher:
         self._runtime = runtime
         self._predictor = predictor
         self._taps: Taps | None = None
-        self._speculation = Speculation()
+        self._speculation = Speculation(runtime.config.always_predict)
         self._has_warned = False
+
+    @property
+    def predicted(self) -> int:
+        """Passes with predictions so far, prompts left out."""
+        return self._speculation.predicted
 
     def watch(self, model: nn.Module, paths: Sequence[str]) -> None:
         """Put hooks on the model that show what cannot be seen from its experts."""
@@ -67,8 +72,9 @@ class Prefetcher:
 
     def routed(self, layer: int, x_TD: Tensor, expert_ids_TA: Tensor | None, now: float) -> Outlook | None:
         """Return what follows from a layer's routing, at the time `now`; ids None: it does not tell them by token."""
-        self._speculation.routed(len(x_TD), now, self._runtime.counters.stall_seconds)
-        if expert_ids_TA is None or self._speculation.hopeless(Place(layer, Seam.ROUTED)):
+        runtime = self._runtime
+        self._speculation.routed(layer, len(x_TD), now, runtime.counters.stall_seconds, runtime.core.absent)
+        if expert_ids_TA is None or self._speculation.leaves_out(Place(layer, Seam.ROUTED)):
             return None
         if self._taps is not None:
             seen = self._taps.routed(layer, expert_ids_TA, x_TD)
@@ -78,7 +84,7 @@ class Prefetcher:
 
     def passed(self, seen: Observation) -> None:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
-        if self._runtime.is_settled or self._speculation.hopeless(Place(seen.layer, seen.seam)):
+        if self._runtime.is_settled or self._speculation.leaves_out(Place(seen.layer, seen.seam)):
             return
         # What a predictor learns it must be able to change in calls outside of inference mode as well.
         with torch.inference_mode(False), torch.no_grad(), self._runtime.inside() as alone:

@@ -478,6 +478,7 @@ class ModelRuntime:
             bytes_read=link.bytes_moved if link else 0,
             stall_seconds=counters.stall_seconds,
             host_reads=counters.host_reads,
+            predicted=self.prefetcher.predicted if self.prefetcher else 0,
             copied_ahead=tuple(Ahead.of([tally]) for tally in tallies),
             link_seconds=link.busy_seconds - self._filling_seconds if link else 0.0,
             link_bandwidth=link.bandwidth if link else 0.0,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from promoe_triton.admission import places
 from promoe_triton.core import Core
 from promoe_triton.protocols import ExpertKey, Seam
+from promoe_triton.trial import Trial
 
 PROMPT = 32
 """Tokens from which on a call counts as a prompt: it uses nearly every expert, whatever is predicted."""
@@ -37,6 +38,14 @@ class Place(NamedTuple):
     seam: Seam
 
 
+class _Pass(NamedTuple):
+    """A pass over the model: how many tokens, when its first layer had routed, and experts found absent until then."""
+
+    tokens: int
+    began: float
+    absent: int
+
+
 class Ranking(NamedTuple):
     """A prediction on the host: experts of one layer, most likely first, `steps` tokens from now."""
 
@@ -48,24 +57,51 @@ class Speculation:
     """Follows how long layers take, and tells the core what was predicted as far as the link can bring it in time.
 
     No more is queued than the link can bring until the layer comes (paper, section on stride prefetching): its
-    bandwidth, times the time that layers take beside waiting.
+    bandwidth, times the time that layers take beside waiting. always: predict in every pass that is no prompt, also
+    where passes are faster without (`Trial`). predicted: passes with predictions so far, prompts left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, always: bool = False) -> None:
+        self._always = always
         self._layer_seconds = 0.0
         self._last = (0.0, 0.0)
         self._skipped: dict[Place, int] = {}
+        self._layer = -1
+        self._pass: _Pass | None = None
+        self._trials: dict[int, Trial] = {}
+        self._predicting = True
+        self.predicted = 0
 
-    def routed(self, tokens: int, now: float, stalled: float) -> None:
-        """A layer has routed so many tokens at the time `now`; layers have waited for `stalled` seconds in all."""
+    def routed(self, layer: int, tokens: int, now: float, stalled: float, absent: int) -> None:
+        """A layer has routed so many tokens at the time `now`.
+
+        stalled: seconds that layers have waited in all. absent: see `Core.absent`.
+        """
+        if layer <= self._layer or self._pass is None:
+            self._begin(_Pass(tokens, now, absent))
+        self._layer = layer
         then, before = self._last
         self._last = (now, stalled)
         taken = now - then - (stalled - before)
         if then and tokens < PROMPT:
             self._layer_seconds += (taken - self._layer_seconds) * (SMOOTHING if self._layer_seconds else 1.0)
 
-    def hopeless(self, place: Place) -> bool:
-        """Whether to leave out this prediction, as those from here have come to nothing."""
+    def _begin(self, this: _Pass) -> None:
+        """A pass begins, and with that the one before it has ended."""
+        before, self._pass, self._predicting = self._pass, this, True
+        if this.tokens >= PROMPT:
+            return
+        # Batches of one size (powers of two) go together: they take about as long.
+        trial = self._trials.setdefault(this.tokens.bit_length(), Trial())
+        if before is not None and before.tokens == this.tokens:
+            trial.note(this.began - before.began, this.absent - before.absent)
+        self._predicting = self._always or trial.predicting
+        self.predicted += self._predicting
+
+    def leaves_out(self, place: Place) -> bool:
+        """Whether to leave out this prediction: those from here have come to nothing, or this pass has none."""
+        if not self._predicting:
+            return True
         left = self._skipped.get(place, 0)
         if left > 0:
             self._skipped[place] = left - 1

@@ -126,6 +126,7 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         pytest.param({"bandwidth": 0}, id="bandwidth-0"),
         pytest.param({"bandwidth": [1]}, id="bandwidth-list"),
         pytest.param({"warm": "no"}, id="warm-text"),
+        pytest.param({"always_predict": 1}, id="always-predict-number"),
         pytest.param({"spool_dir": 3}, id="spool_dir-int"),
         pytest.param({"profile": 3}, id="profile-int"),
         pytest.param({"tiles": 3}, id="tiles-int"),

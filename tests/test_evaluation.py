@@ -64,7 +64,7 @@ class TestReplay:
         document = next(trace_of(model, tmp_path, TOKENS).read())
         replayed, live = Spy(), Spy()
         replay(document, layers, replayed, 2)
-        with promoe_triton.patch(model, slots=8, store="spool", predictor=live), torch.no_grad():
+        with promoe_triton.patch(model, slots=8, store="spool", predictor=live, always_predict=True), torch.no_grad():
             cache = DynamicCache(config=model.config)
             for token in TOKENS:
                 model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
@@ -330,7 +330,7 @@ class TestSimulated:
         mine = str(there / "mine.safetensors")
         predictors = ["none", "gate", mine, "history", "perfect"]
         given = ["--trace", str(there / "one"), "--predictor", ",".join(predictors), "--slots", "0.5", "--json"]
-        done = self.invoke(there, *given)
+        done = self.invoke(there, *given, "--always-predict")
         assert done.exit_code == 0, done.output
         runs = {run["predictor"]: run for run in json.loads(done.stdout)["runs"]}
         assert [*runs] == predictors

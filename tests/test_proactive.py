@@ -323,7 +323,8 @@ class TestOnAKnownLink:
     def decode(self, monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> tuple[Stats, Stats]:
         """Return the statistics before and after the decode steps of the third time the same text is decoded."""
         made = faked(monkeypatch, bandwidth=options.pop("wire", self.BANDWIDTH))
-        model = promoe_triton.from_pretrained(folder, **{"slots": 4 * LAYERS, "distance": 1} | options)
+        options = {"slots": 4 * LAYERS, "distance": 1, "always_predict": True} | options
+        model = promoe_triton.from_pretrained(folder, **options)
         computing(model, made.links[0], self.COMPUTING)
         logits(model)
         logits(model)
@@ -359,13 +360,47 @@ class TestOnAKnownLink:
 
         chance = anything(0)._choose
         faked(monkeypatch, bandwidth=self.BANDWIDTH)
-        model = promoe_triton.from_pretrained(folder, slots=LAYERS, predictor=Names(wrong))
+        model = promoe_triton.from_pretrained(folder, slots=LAYERS, predictor=Names(wrong), always_predict=True)
         asks = []
         for _ in range(40):
             asked[0] = 0
             logits(model)
             asks.append(asked[0])
         assert sum(asks[-10:]) < sum(asks[:10]) / 2
+
+    @torch.no_grad()
+    def test_predictions_that_cost_more_than_they_bring_become_rare(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A right prediction that takes longer than the copy it hides: passes with it are slower."""
+        steps, texts = 60, 2
+        monkeypatch.setitem(globals(), "STEPS", steps)
+        made = faked(monkeypatch, bandwidth=self.BANDWIDTH)
+
+        class Slow(Truth):
+            def predict(self, seen: Observation) -> Sequence[Prediction]:
+                made.links[-1].pass_time(TestOnAKnownLink.COMPUTING)
+                return super().predict(seen)
+
+        def decode(**options: Any) -> tuple[float, int]:
+            """Return the time and the passes with predictions of two texts, after two."""
+            model = promoe_triton.from_pretrained(folder, slots=4 * LAYERS, distance=1, **options)
+            link = made.links[-1]
+            computing(model, link, self.COMPUTING)
+            for _ in range(texts):
+                logits(model)
+            began, before = link.now(), promoe_triton.stats(model).predicted
+            for _ in range(texts):
+                logits(model)
+            return link.now() - began, promoe_triton.stats(model).predicted - before
+
+        none, _ = decode(predictor="none")
+        always, every = decode(predictor=Slow(), always_predict=True)
+        tried, few = decode(predictor=Slow())
+        assert every == texts * (1 + steps), "one of them a short prompt"
+        assert few <= every / 8
+        assert always > 1.05 * none
+        assert tried < 1.02 * none
 
 
 @torch.no_grad()
@@ -386,7 +421,7 @@ def test_a_prompt_leaves_in_slots_what_decoding_needs() -> None:
         made = faked(monkeypatch, bandwidth=1e9)
         for start in range(0, 60_000, 10_000):
             text = ids[start : start + 624]
-            model = promoe_triton.from_pretrained(MODEL, slots=0.5)
+            model = promoe_triton.from_pretrained(MODEL, slots=0.5, always_predict=True)
             computing(model, made.links[-1], 1e-3)
             _, cache = hit_ratio(model, text[:48], None)
             before, cache = hit_ratio(model, text[48:80], cache)

@@ -22,6 +22,7 @@ PURE = (
     "protocols",
     "policies",
     "slots",
+    "trial",
     "speculation",
     "techniques",
     "transfers",
@@ -90,7 +91,7 @@ def test_the_pure_part_knows_nothing_of_devices_threads_and_files(name: str) -> 
 LAYERS = (
     {"errors", "_version"},
     {"protocols", "layout", "timeline", "devices", "traces"},
-    {"chunking", "policies", "techniques", "slots", "transfers", "admission", "memory", "kernels"},
+    {"chunking", "policies", "techniques", "slots", "transfers", "admission", "trial", "memory", "kernels"},
     {"config", "core"},
     {"budget", "counters", "predictors", "backends", "stores"},
     {"links", "demo"},

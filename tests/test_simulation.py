@@ -182,7 +182,7 @@ def decode(text: torch.Tensor, **options: Any) -> Any:
 @pytest.fixture(scope="module")
 def routed(text: torch.Tensor) -> Routed:
     recorder = RoutingRecorder(100)
-    decode(text, slots=0.9, predictor=recorder)
+    decode(text, slots=0.9, predictor=recorder, always_predict=True)
     ids = [np.concatenate([one[layer] for one in recorder.recording]).astype(np.int16) for layer in range(8)]
     return Routed(ids=ids)
 

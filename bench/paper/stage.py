@@ -29,7 +29,7 @@ FITTED = HERE / "fitted.json"
 ACCURACY = (0.847, 0.797, 0.747)
 """By distance (paper, section on the learned predictor: 84.7 % on average, about 5 points less per further layer)."""
 
-PAPER_LINK: dict[str, Any] = {"depth": 1}
+PAPER_LINK: dict[str, Any] = {"depth": 1, "always_predict": True}
 """The paper's copies run one after the other, each of one tensor."""
 
 

@@ -57,6 +57,9 @@ def simulate_command(
             "and files of `promoe-triton train`."
         ),
     ] = "stated",
+    always: Annotated[
+        bool, typer.Option("--always-predict", help="Predict in every decode pass, also where that is slower.")
+    ] = False,
     chunking: Annotated[str, typer.Option(help="As in Config: adaptive, fixed, tensor, expert.")] = "adaptive",
     policy: Annotated[str, typer.Option(help="auto, lru, lfru, predicted or static.")] = "auto",
     ablation: Annotated[str, typer.Option(help=f"Steps: {', '.join(ABLATION)}.")] = "lru,all",
@@ -106,15 +109,16 @@ def simulate_command(
         with working(f"Reading {trace}"):
             recorded = read_trace(trace)
             texts = traced_texts(recorded, shape, statistics, most + tokens)
-        if shown := {choice.predictor for choice in choices} - {*PREDICTORS}:
+        if real := {choice.predictor for choice in choices} - {*PREDICTORS}:
             furthest = max(choice.distance for choice in choices)
             with working(f"Showing {trace} to predictors"):
-                named = _named(recorded, model, shown, furthest, most + tokens, count, trust)
+                named = _named(recorded, model, real, furthest, most + tokens, count, trust)
     scene = Scene(shape=shape, hardware=machine, software=read_software(software), texts=texts, named=named)
     rows: list[dict[str, Any]] = []
     with steps_progress("Simulating", len(choices)) as done:
         for choice in choices:
-            outcome = simulate(scene.first(2 * choice.batch, choice.prompt + tokens), choice)
+            shown = scene.first(2 * choice.batch, choice.prompt + tokens)
+            outcome = simulate(shown, choice, always_predict=always)
             rows.append(asdict(choice) | outcome.as_dict())
             done(f"slots {choice.slots}, {choice.ablation}")
     _say_hidden(rows)

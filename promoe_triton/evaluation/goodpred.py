@@ -94,7 +94,9 @@ def run(
         bits=8.0,
         dense_bits=8.0,
     )
-    config = Config(slots=slots, distance=distances, policy=policy, partition="layer", latency=LAYER_SECONDS)
+    config = Config(
+        slots=slots, distance=distances, policy=policy, partition="layer", latency=LAYER_SECONDS, always_predict=True
+    )
     wire = Wire(bandwidth=link * 3 * HALF_BYTES / LAYER_SECONDS, latency=0.0)
     simulator = Simulator(shape, Even(max(active)), wire, config)
     texts = [routed(document, active, distances, only) for document in documents]

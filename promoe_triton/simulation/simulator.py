@@ -145,7 +145,7 @@ class Simulator:
         self.counters = Counters(now=self.link.now)
         self.layers = [SimulatedLayer(self, i, layer.experts) for i, layer in enumerate(shape.layers)]
         self._prefetch = Technique.PREFETCH in config.step.techniques and config.predictor != "none"
-        self._speculation = Speculation()
+        self._speculation = Speculation(config.always_predict)
         if config.warm:
             self._warm()
         self._totals = _Totals()
@@ -203,7 +203,7 @@ class Simulator:
             self._wave(index, Part.UP, rows, rows)
             self._wave(index, Part.DOWN, rows, rows)
             return
-        self._speculation.routed(this.tokens, self.link.now(), self.counters.stall_seconds)
+        self._speculation.routed(index, this.tokens, self.link.now(), self.counters.stall_seconds, self.core.absent)
         recent = None
         if this.tokens >= PROMPT:
             recent = this.ids[index][-RECENT:].ravel().tolist()
@@ -231,7 +231,7 @@ class Simulator:
         return Ranking(steps, [target.keys[expert] for expert in experts])
 
     def _speculate(self, place: Place, tokens: int, rankings: Sequence[Ranking]) -> None:
-        if tokens >= PROMPT or self._speculation.hopeless(place):
+        if tokens >= PROMPT or self._speculation.leaves_out(place):
             return
         named = [ranking for ranking in rankings if ranking.experts]
         if named:
