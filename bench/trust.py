@@ -1,26 +1,27 @@
 """The simulator against real runs on this machine: decoding and prompts from disk, several cache sizes, ablation steps.
 
-Calibrated from micro-measurements only, before anything runs end to end: reads of an expert's tensors alone and several
+Calibrated from micro-measurements only, before anything runs end to end: experts read over the link one and several
 at a time, products of one expert by rows, a call whose experts are all there, a prediction, and passes with everything
-resident, alone and while the disk streams. Routing and predictions are recorded once, and simulated for every case.
+resident, alone and while experts are read. Routing and predictions are recorded once, and simulated for every case.
 """
 
 from __future__ import annotations
 
 import gc
+import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import record
 import torch
 from decoding import decode, prefill
-from models import MODEL, large_checkpoint, open_store, prompts, sizes
+from models import MODEL, large_checkpoint, prompts, sizes
 from subjects import OnDisk
 from transformers import AutoConfig
 
@@ -28,9 +29,8 @@ import promoe_triton
 from promoe_triton.chunking import DISK_LATENCY
 from promoe_triton.config import Config
 from promoe_triton.links.fake import Wire
-from promoe_triton.memory import SlotMemory
 from promoe_triton.predictors.bounds import RoutingRecorder
-from promoe_triton.protocols import ExpertKey, Observation, Part, Seam
+from promoe_triton.protocols import Observation, Part, Seam
 from promoe_triton.simulation.costs import Curve, Measured
 from promoe_triton.simulation.routing import Pass, Routed, passes
 from promoe_triton.simulation.shapes import ModelShape, model_shape
@@ -44,10 +44,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 GOAL = 0.15
 
+R = TypeVar("R")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured. rows: of products; tokens: of prompts, resident; text: warm-up and timed tokens."""
+    """How much is measured. rows: of products; tokens: of prompts, resident; warm_up, timed: of a text; runs: of each
+    case, end to end.
+    """
 
     expert_bytes: int
     shares: tuple[float, ...]
@@ -56,6 +60,7 @@ class Size:
     tokens: tuple[int, ...]
     warm_up: int
     timed: int
+    runs: int
 
 
 FULL = Size(
@@ -66,6 +71,7 @@ FULL = Size(
     tokens=(1, 32, 128, 512),
     warm_up=32,
     timed=64,
+    runs=3,
 )
 QUICK = Size(
     expert_bytes=2_400_000,
@@ -75,6 +81,7 @@ QUICK = Size(
     tokens=(1, 32),
     warm_up=4,
     timed=8,
+    runs=1,
 )
 PROMPT = {True: 32, False: 128}
 
@@ -90,45 +97,74 @@ def seconds(action: Callable[[], object], repeats: int) -> float:
     return median(taken)
 
 
-def measure_link(folder: Path, lanes: int, repeats: int) -> Wire:
-    """Return bandwidth and latency, from reads of whole tensors past the page cache: one, and `lanes` at a time."""
-    from promoe_triton.links.filling import SlotFiller
-    from promoe_triton.protocols import Chunk, Transfer
+class Reading:
+    """Absent experts of a model, copied into its slots over its own link, and nothing computed."""
 
-    store = open_store(folder)
-    E = sizes(folder).experts // len(store.specs)
-    memory = SlotMemory(lanes, store.slot_bytes(0, E))
-    filler = SlotFiller(store, [memory] * len(store.specs), direct=True)
-    order = np.random.default_rng(0).permutation(len(store.specs) * E)
-    keys = iter([ExpertKey(int(i) // E, int(i) % E) for i in order])
+    TOGETHER = 8
 
-    def read(slot: int) -> int:
-        transfer = Transfer(key=next(keys), part=Part.WHOLE, slot=slot)
-        begin, end = 0, filler.cuts(transfer).ends[0]
-        return filler.copy(Chunk(transfer=transfer, begin=begin, end=end))
+    def __init__(self, folder: Path) -> None:
+        self._model = load(folder, {"slots": 0.25, "predictor": "none"})
+        self._layers = [self._model.get_submodule(path)._promoe for path in find_experts_of(self._model)]
+        self._rng = random.Random(0)
+        self._turn = 0
+        self.moved = 0
 
-    nbytes = read(0)
-    alone = seconds(lambda: read(0), repeats)
-    with ThreadPoolExecutor(lanes) as pool:
+    def read(self, experts: int = TOGETHER) -> None:
+        """Ask for so many absent experts of a layer at once, and wait for all of them."""
+        self._turn += 1
+        layer = self._layers[self._turn % len(self._layers)]
+        core, link, ready = layer.core, layer.link, layer.table.ready()
+        keys = self._rng.sample([key for key in layer.keys if key not in ready], experts)
+        before = link.bytes_moved
+        for transfer in link.tell(lambda: [core.ask(key, Part.WHOLE) for key in keys]):
+            link.wait([transfer])
+            layer.place(transfer.key)
+        link.tell(lambda: core.release(keys))
+        self.moved += link.bytes_moved - before
 
-        def together() -> None:
-            list(pool.map(read, [*range(lanes)] * 4))
+    def wire(self, repeats: int) -> Wire:
+        """Return bandwidth and latency: what several experts take, and what one takes more."""
+        alone = seconds(lambda: self.read(1), 4 * repeats)
+        together = seconds(self.read, repeats) / self.TOGETHER
+        nbytes = self._layers[0].model.store.specs[0].nbytes
+        return Wire(bandwidth=nbytes / together, latency=max(alone - together, 0.0))
 
-        each = seconds(together, repeats) / (4 * lanes)
-    filler.close()
-    return Wire(bandwidth=nbytes / each, latency=max(alone - nbytes / each, 0.0))
+    def rate(self, action: Callable[[], R]) -> tuple[R, float]:
+        """Return what an action does while experts are read all the time, and the bytes per second read meanwhile."""
+        over = threading.Event()
+
+        def keep_reading() -> None:
+            while not over.is_set():
+                self.read()
+
+        reader = threading.Thread(target=keep_reading)
+        reader.start()
+        began, before = time.perf_counter(), self.moved
+        try:
+            found = action()
+            return found, (self.moved - before) / (time.perf_counter() - began)
+        finally:
+            over.set()
+            reader.join()
 
 
-def measure_costs(folder: Path, size: Size) -> tuple[Measured, float]:
-    """Return what computing takes, and how much longer while the disk streams."""
-    found, slowed = measure_resident(folder, size)
+class Contention(NamedTuple):
+    """How much longer computing takes while experts are read, and they while something is computed."""
+
+    computing: float
+    reading: float
+
+
+def measure_costs(folder: Path, size: Size, reading: Reading) -> tuple[Measured, Contention]:
+    """Return what computing takes, and what it and reading cost each other."""
+    found, contention = measure_resident(folder, size, reading)
     gc.collect()
     partial = measure_decisions(folder, size.repeats)
     calls = Curve(sizes=found.calls.sizes, seconds=tuple(beside + partial for beside in found.calls.seconds))
-    return replace(found, calls=calls), slowed
+    return replace(found, calls=calls), contention
 
 
-def measure_resident(folder: Path, size: Size) -> tuple[Measured, float]:
+def measure_resident(folder: Path, size: Size, reading: Reading) -> tuple[Measured, Contention]:
     """Return the same where all experts are in slots, but for predictions."""
     model = load(folder, {"slots": 1.0})
     layers = [model.get_submodule(path)._promoe for path in find_experts_of(model)]
@@ -150,10 +186,11 @@ def measure_resident(folder: Path, size: Size) -> tuple[Measured, float]:
         call = tuple(calls.beside(tokens, costs, size.repeats) for tokens in size.tokens)
         texts = [torch.tensor(prompts(MODEL, 1, tokens)) for tokens in size.tokens]
         alone = [seconds(lambda ids=ids: model(ids), size.repeats) for ids in texts]  # type: ignore[misc]
-        with OnDisk(folder).streaming():
-            streaming = seconds(lambda: model(texts[0]), size.repeats)
+        _, idle = reading.rate(lambda: time.sleep(2.0))
+        streaming, beside = reading.rate(lambda: seconds(lambda: model(texts[0]), size.repeats))
     experts = tuple(beside + calls.expected(tokens, costs) for tokens, beside in zip(size.tokens, call, strict=True))
     dense = tuple(max(taken / len(layers) - mine, 0.0) for taken, mine in zip(alone, experts, strict=True))
+    contention = Contention(computing=max(streaming / alone[0], 1.0), reading=max(idle / beside, 1.0))
     found = Measured(
         dense=Curve(sizes=size.tokens, seconds=dense),
         calls=Curve(sizes=size.tokens, seconds=call),
@@ -163,7 +200,7 @@ def measure_resident(folder: Path, size: Size) -> tuple[Measured, float]:
         asking=0.0,
         heads=0.0,  # part of what is resident, and so of `dense`
     )
-    return found, max(streaming / alone[0], 1.0)
+    return found, contention
 
 
 def load(folder: Path, options: Mapping[str, Any]) -> Any:
@@ -332,13 +369,14 @@ class Calibration:
     shape: ModelShape
     wire: Wire
     costs: Measured
-    slowed: float
+    contention: Contention
 
 
 def simulated(machine: Calibration, options: Mapping[str, Any], parts: Iterator[Pass], warm_up: int) -> float:
     """Return seconds per pass, after `warm_up` passes."""
     config = Config(**{"latency": DISK_LATENCY, **options})
-    simulator = Simulator(machine.shape, machine.costs, machine.wire, config, slowed=machine.slowed)
+    slowed = {"slowed": machine.contention.computing, "link_slowed": machine.contention.reading}
+    simulator = Simulator(machine.shape, machine.costs, machine.wire, config, **slowed)
     all_parts = [*parts]
     simulator.run(all_parts[:warm_up])
     simulator.reset()
@@ -349,19 +387,25 @@ def simulated(machine: Calibration, options: Mapping[str, Any], parts: Iterator[
 def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> None:
     config = Config()
     results.begin()
-    wire = measure_link(folder, config.depth, size.repeats)
-    costs, slowed = measure_costs(folder, size)
+    reading = Reading(folder)
+    wire = reading.wire(size.repeats)
+    costs, contention = measure_costs(folder, size, reading)
+    del reading
+    gc.collect()
     length, prompt = size.warm_up + size.timed, PROMPT[quick]
     text, later = prompts(MODEL, 2, max(length, prompt))
     decoded, asking = record_text(folder, text[:length], 1, config.distance)
     costs = replace(costs, asking=asking)
     bits = 8.0 * AutoConfig.from_pretrained(folder).dtype.itemsize
-    machine = Calibration(shape=model_shape(str(folder), bits=bits), wire=wire, costs=costs, slowed=slowed)
+    machine = Calibration(shape=model_shape(str(folder), bits=bits), wire=wire, costs=costs, contention=contention)
     results.write(
         [
             record.row("calibration", "link", "bandwidth", "GB/s", [wire.bandwidth / 1e9]),
             record.row("calibration", "link", "latency", "ms", [wire.latency * 1e3], better="lower"),
-            record.row("calibration", "computing", "while the disk streams", "x", [slowed], better="lower"),
+            record.row(
+                "calibration", "computing", "while experts are read", "x", [contention.computing], better="lower"
+            ),
+            record.row("calibration", "link", "while something is computed", "x", [contention.reading], better="lower"),
             record.row("calibration", "layer", "beside experts", "ms", [costs.dense.at(1) * 1e3], better="lower"),
             record.row("calibration", "layer", "beside products", "ms", [costs.calls.at(1) * 1e3], better="lower"),
             record.row("calibration", "expert", "products, 1 row", "ms", [1e3 * (costs.up.at(1) + costs.down.at(1))]),
@@ -374,15 +418,17 @@ def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> N
         for name, case in CASES.items():
             options = {"slots": round(sizes(folder).experts * share)} | case
             results.begin()
-            run = decode(OnDisk(folder), options, [text[:length]], size.warm_up)
+            steps, firsts = [], []
+            for _ in range(size.runs):
+                steps.append(decode(OnDisk(folder), options, [text[:length]], size.warm_up).per_step)
+                firsts.append(prefill(OnDisk(folder), options, text[:prompt], later[:prompt])[1].seconds)
             ours = simulated(machine, options, passes([decoded], prompt=1), size.warm_up)
-            _, warm = prefill(OnDisk(folder), options, text[:prompt], later[:prompt])
             first = simulated(machine, options, iter(prefills), 1)
             rows = []
-            for metric, real, simulated_seconds in (("TPOT", run.per_step, ours), ("TTFT", warm.seconds, first)):
-                case_name, error = f"{share:.1%} in slots, {name}", abs(simulated_seconds / real - 1.0)
+            for metric, real, simulated_seconds in (("TPOT", steps, ours), ("TTFT", firsts, first)):
+                case_name, error = f"{share:.1%} in slots, {name}", abs(simulated_seconds / median(real) - 1.0)
                 rows += [
-                    record.row(case_name, "real", metric, "ms", [real * 1e3], better="lower"),
+                    record.row(case_name, "real", metric, "ms", [one * 1e3 for one in real], better="lower"),
                     record.row(case_name, "simulated", metric, "ms", [simulated_seconds * 1e3], better="lower"),
                     record.row(case_name, "deviation", metric, "share", [error], target=GOAL, better="lower"),
                 ]

@@ -35,7 +35,7 @@ class Wire:
 
 
 class _Landing(NamedTuple):
-    """Ordered by time, then by when it began: no two have begun as the same."""
+    """Ordered by time, then by when it began: no two have begun as the same. at: by the wire's own clock."""
 
     at: float
     order: int
@@ -76,6 +76,8 @@ class FakeLink:
         self._depth = depth
         self._feed: Feed | None = None
         self._time = self._wire_free = 0.0
+        # How far the wire's clock is behind: it stands still for some of the time that others compute.
+        self._lag = 0.0
         self._begun = self._speculating = 0
         self._landings: list[_Landing] = []
         self._arrivals: dict[ExpertKey, ExpertTensors] = {}
@@ -105,14 +107,21 @@ class FakeLink:
     def record(self, timeline: Timeline | None) -> None:
         self._timeline = timeline
 
-    def pass_time(self, seconds: float, slowed: float = 1.0) -> None:
-        """Let so many virtual seconds pass in which nobody waits, `slowed` times as long while copies are in flight."""
+    def pass_time(self, seconds: float, slowed: float = 1.0, link_slowed: float = 1.0) -> None:
+        """Let so many virtual seconds of computing pass, in which nobody waits.
+
+        While copies are in flight, it takes `slowed` times as long, and they take `link_slowed` times as long.
+        """
         while self._landings:
-            until = self._time + seconds * slowed
-            if self._landings[0].at > until:
+            until, lands = self._time + seconds * slowed, self._landings[0].at + self._lag
+            if link_slowed != 1.0:
+                lands = self._time + (lands - self._time) * link_slowed
+            passed = max(min(lands, until) - self._time, 0.0)
+            self._lag += passed - passed / link_slowed
+            if lands > until:
                 self._time = until
                 return
-            seconds -= max(self._landings[0].at - self._time, 0.0) / slowed
+            seconds -= passed / slowed
             self._land()
         self._time += seconds
 
@@ -143,7 +152,7 @@ class FakeLink:
     def drain(self, patience: float) -> bool:
         self._feed = None
         until = self._time + patience
-        while self._landings and self._landings[0].at <= until:
+        while self._landings and self._landings[0].at + self._lag <= until:
             self._land()
         if self._landings:
             self._time = until
@@ -171,7 +180,7 @@ class FakeLink:
                 return
             self._speculating += chunk.speculative
             meter.begun(now)
-            first_byte = now + wire.latency + (wire.jitter(chunk) if wire.jitter else 0.0)
+            first_byte = now - self._lag + wire.latency + (wire.jitter(chunk) if wire.jitter else 0.0)
             self._wire_free = max(first_byte, self._wire_free) + (chunk.end - chunk.begin) / wire.bandwidth
             self._begun += 1
             error = wire.fault(chunk) if wire.fault else None
@@ -182,7 +191,7 @@ class FakeLink:
         """Go to the time at which the next chunk lands."""
         landing = heapq.heappop(self._landings)
         chunk, feed = landing.chunk, self._feed
-        self._time = max(self._time, landing.at)
+        self._time = max(self._time, landing.at + self._lag)
         moved = 0
         try:
             if landing.error is not None:

@@ -20,8 +20,8 @@ class Hardware:
     memory_bytes: of fast memory. memory_bandwidth: bytes per second that computing reads weights with. matmul_flops:
     operations per second of products. launch_seconds: what starting one operation costs the host. asynchronous: whether
     operations are started ahead of the device, so that the longer of the two counts; else both add up. link_bandwidth,
-    link_latency: bytes per second, and seconds until a copy's first byte. slowed: how much longer computing takes while
-    the link copies. sources: where each number is from.
+    link_latency: bytes per second, and seconds until a copy's first byte. slowed, link_slowed: how much longer
+    computing takes while the link copies, and copying while something is computed. sources: where each number is from.
     """
 
     name: str
@@ -33,14 +33,15 @@ class Hardware:
     link_bandwidth: float
     link_latency: float
     slowed: float
+    link_slowed: float
     sources: dict[str, str]
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "memory_bandwidth", "matmul_flops", "link_bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if self.launch_seconds < 0 or self.link_latency < 0 or self.slowed < 1:
-            raise ValueError("launch_seconds and link_latency must not be negative, and slowed at least 1")
+        if self.launch_seconds < 0 or self.link_latency < 0 or self.slowed < 1 or self.link_slowed < 1:
+            raise ValueError("launch_seconds and link_latency must not be negative, slowed and link_slowed at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,8 +115,8 @@ class Simulator:
 
     config: as at run time, with the latency of a bus where it leaves that open; of it device, store and backend mean
     nothing here, and of predictors only whether there is one: predictions come with the passes. memory: bytes that
-    slots may take where the configuration leaves their number open. slowed: how much longer computing takes while
-    copies are in flight.
+    slots may take where the configuration leaves their number open. slowed, link_slowed: how much longer computing
+    takes while copies are in flight, and they while it goes on.
     """
 
     def __init__(
@@ -129,9 +129,10 @@ class Simulator:
         popularity: Mapping[ExpertKey, float] | None = None,
         memory: float = 0.0,
         slowed: float = 1.0,
+        link_slowed: float = 1.0,
     ) -> None:
         self.shape, self.config = shape, config
-        self._costs, self._wire, self._slowed = costs, wire, slowed
+        self._costs, self._wire, self._slowed, self._link_slowed = costs, wire, slowed, link_slowed
         self._popularity = popularity or {}
         every = sum(need.experts * need.slot_bytes for need in shape.needs())
         budget = plan_slots(
@@ -241,7 +242,7 @@ class Simulator:
 
     def _compute(self, seconds: float) -> None:
         self._totals.computing += seconds
-        self.link.pass_time(seconds, self._slowed)
+        self.link.pass_time(seconds, self._slowed, self._link_slowed)
 
     def _outcome(self) -> Outcome:
         totals, counters, link = self._totals, self.counters, self.link

@@ -110,6 +110,7 @@ def simulate(scene: Scene, choice: Choice, **options: Any) -> Outcome:
         choice.config(**options),
         popularity=popularity_of(scene.texts[: choice.batch]),
         slowed=hardware.slowed,
+        link_slowed=hardware.link_slowed,
     )
     if len(scene.texts) < 2 * choice.batch:
         raise ValueError(f"a batch of {choice.batch} needs {2 * choice.batch} texts, and there are {len(scene.texts)}")
