@@ -19,6 +19,7 @@ BENCHMARKS = (
     "overhead",
     "core",
     "predict",
+    "simulating",
     "offload",
     "urgent",
     "waiting",

@@ -2,7 +2,8 @@
 
 Calibrated from micro-measurements only, before anything runs end to end: experts read over the link one and several
 at a time, products of one expert by rows, a call whose experts are all there, a prediction, and passes with everything
-resident, alone and while experts are read. Routing and predictions are recorded once, and simulated for every case.
+resident, alone and while experts are read. A shared machine is not the same for long, so the first and the last are
+measured again before each run. Routing and predictions are recorded once, and simulated for every case.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
@@ -71,7 +72,7 @@ FULL = Size(
     tokens=(1, 32, 128, 512),
     warm_up=32,
     timed=64,
-    runs=3,
+    runs=2,
 )
 QUICK = Size(
     expert_bytes=2_400_000,
@@ -148,25 +149,50 @@ class Reading:
             reader.join()
 
 
-class Contention(NamedTuple):
-    """How much longer computing takes while experts are read, and they while something is computed."""
+class Resident:
+    """The model with every expert in a slot."""
 
-    computing: float
-    reading: float
+    def __init__(self, folder: Path) -> None:
+        self.model = load(folder, {"slots": 1.0})
+
+    @torch.no_grad()
+    def seconds(self, tokens: int, repeats: int) -> float:
+        """Return what a pass of so many tokens takes."""
+        ids = torch.tensor(prompts(MODEL, 1, tokens))
+        return seconds(lambda: self.model(ids), repeats)
 
 
-def measure_costs(folder: Path, size: Size, reading: Reading) -> tuple[Measured, Contention]:
-    """Return what computing takes, and what it and reading cost each other."""
-    found, contention = measure_resident(folder, size, reading)
-    gc.collect()
+class Moment(NamedTuple):
+    """How fast the machine is at the moment: one that is shared is not the same for long.
+
+    step: seconds of a resident pass of one token. slowed, link_slowed: how much longer computing takes while experts
+    are read, and they while something is computed.
+    """
+
+    wire: Wire
+    step: float
+    slowed: float
+    link_slowed: float
+
+
+def look(resident: Resident, reading: Reading, repeats: int) -> Moment:
+    step, wire = resident.seconds(1, repeats), reading.wire(repeats)
+    _, idle = reading.rate(lambda: time.sleep(0.5))
+    streaming, beside = reading.rate(lambda: resident.seconds(1, repeats))
+    return Moment(wire=wire, step=step, slowed=max(streaming / step, 1.0), link_slowed=max(idle / beside, 1.0))
+
+
+def measure_costs(folder: Path, size: Size, resident: Resident) -> Measured:
+    """Return what computing takes, but for predictions."""
+    found = measure_resident(size, resident)
     partial = measure_decisions(folder, size.repeats)
     calls = Curve(sizes=found.calls.sizes, seconds=tuple(beside + partial for beside in found.calls.seconds))
-    return replace(found, calls=calls), contention
+    return replace(found, calls=calls)
 
 
-def measure_resident(folder: Path, size: Size, reading: Reading) -> tuple[Measured, Contention]:
-    """Return the same where all experts are in slots, but for predictions."""
-    model = load(folder, {"slots": 1.0})
+def measure_resident(size: Size, resident: Resident) -> Measured:
+    """Return the same where all experts are in slots."""
+    model = resident.model
     layers = [model.get_submodule(path)._promoe for path in find_experts_of(model)]
     E, A, D = layers[0].experts, model.config.num_experts_per_tok, model.config.hidden_size
     dtype = next(model.parameters()).dtype
@@ -184,14 +210,10 @@ def measure_resident(folder: Path, size: Size, reading: Reading) -> tuple[Measur
             heads=0.0,
         )
         call = tuple(calls.beside(tokens, costs, size.repeats) for tokens in size.tokens)
-        texts = [torch.tensor(prompts(MODEL, 1, tokens)) for tokens in size.tokens]
-        alone = [seconds(lambda ids=ids: model(ids), size.repeats) for ids in texts]  # type: ignore[misc]
-        _, idle = reading.rate(lambda: time.sleep(2.0))
-        streaming, beside = reading.rate(lambda: seconds(lambda: model(texts[0]), size.repeats))
+        alone = [resident.seconds(tokens, size.repeats) for tokens in size.tokens]
     experts = tuple(beside + calls.expected(tokens, costs) for tokens, beside in zip(size.tokens, call, strict=True))
     dense = tuple(max(taken / len(layers) - mine, 0.0) for taken, mine in zip(alone, experts, strict=True))
-    contention = Contention(computing=max(streaming / alone[0], 1.0), reading=max(idle / beside, 1.0))
-    found = Measured(
+    return Measured(
         dense=Curve(sizes=size.tokens, seconds=dense),
         calls=Curve(sizes=size.tokens, seconds=call),
         up=costs.up,
@@ -200,7 +222,6 @@ def measure_resident(folder: Path, size: Size, reading: Reading) -> tuple[Measur
         asking=0.0,
         heads=0.0,  # part of what is resident, and so of `dense`
     )
-    return found, contention
 
 
 def load(folder: Path, options: Mapping[str, Any]) -> Any:
@@ -367,16 +388,29 @@ class Calibration:
     """What the simulator is told of this machine and this model, and nothing else."""
 
     shape: ModelShape
-    wire: Wire
     costs: Measured
-    contention: Contention
+    step: float
+
+    def simulator(self, now: Moment, options: Mapping[str, Any]) -> Simulator:
+        """Return a simulator of the machine as it is now. step: what a resident pass took when costs were measured."""
+        config = Config(**{"latency": DISK_LATENCY, **options})
+        costs = paced(self.costs, now.step / self.step)
+        return Simulator(self.shape, costs, now.wire, config, slowed=now.slowed, link_slowed=now.link_slowed)
 
 
-def simulated(machine: Calibration, options: Mapping[str, Any], parts: Iterator[Pass], warm_up: int) -> float:
+def paced(costs: Measured, factor: float) -> Measured:
+    """Return costs of a machine that takes so many times as long."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Curve):
+            return replace(value, seconds=tuple(taken * factor for taken in value.seconds))
+        return value * factor
+
+    return replace(costs, **{field.name: of(getattr(costs, field.name)) for field in fields(costs)})
+
+
+def simulated(simulator: Simulator, parts: Iterator[Pass], warm_up: int) -> float:
     """Return seconds per pass, after `warm_up` passes."""
-    config = Config(**{"latency": DISK_LATENCY, **options})
-    slowed = {"slowed": machine.contention.computing, "link_slowed": machine.contention.reading}
-    simulator = Simulator(machine.shape, machine.costs, machine.wire, config, **slowed)
     all_parts = [*parts]
     simulator.run(all_parts[:warm_up])
     simulator.reset()
@@ -387,25 +421,21 @@ def simulated(machine: Calibration, options: Mapping[str, Any], parts: Iterator[
 def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> None:
     config = Config()
     results.begin()
-    reading = Reading(folder)
-    wire = reading.wire(size.repeats)
-    costs, contention = measure_costs(folder, size, reading)
-    del reading
-    gc.collect()
+    resident, reading = Resident(folder), Reading(folder)
+    costs = measure_costs(folder, size, resident)
+    now = look(resident, reading, size.repeats)
     length, prompt = size.warm_up + size.timed, PROMPT[quick]
     text, later = prompts(MODEL, 2, max(length, prompt))
     decoded, asking = record_text(folder, text[:length], 1, config.distance)
     costs = replace(costs, asking=asking)
     bits = 8.0 * AutoConfig.from_pretrained(folder).dtype.itemsize
-    machine = Calibration(shape=model_shape(str(folder), bits=bits), wire=wire, costs=costs, contention=contention)
+    machine = Calibration(shape=model_shape(str(folder), bits=bits), costs=costs, step=now.step)
     results.write(
         [
-            record.row("calibration", "link", "bandwidth", "GB/s", [wire.bandwidth / 1e9]),
-            record.row("calibration", "link", "latency", "ms", [wire.latency * 1e3], better="lower"),
-            record.row(
-                "calibration", "computing", "while experts are read", "x", [contention.computing], better="lower"
-            ),
-            record.row("calibration", "link", "while something is computed", "x", [contention.reading], better="lower"),
+            record.row("calibration", "link", "bandwidth", "GB/s", [now.wire.bandwidth / 1e9]),
+            record.row("calibration", "link", "latency", "ms", [now.wire.latency * 1e3], better="lower"),
+            record.row("calibration", "computing", "while experts are read", "x", [now.slowed], better="lower"),
+            record.row("calibration", "link", "while something is computed", "x", [now.link_slowed], better="lower"),
             record.row("calibration", "layer", "beside experts", "ms", [costs.dense.at(1) * 1e3], better="lower"),
             record.row("calibration", "layer", "beside products", "ms", [costs.calls.at(1) * 1e3], better="lower"),
             record.row("calibration", "expert", "products, 1 row", "ms", [1e3 * (costs.up.at(1) + costs.down.at(1))]),
@@ -418,19 +448,23 @@ def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> N
         for name, case in CASES.items():
             options = {"slots": round(sizes(folder).experts * share)} | case
             results.begin()
-            steps, firsts = [], []
+            found: dict[str, list[tuple[float, float]]] = {"TPOT": [], "TTFT": []}
             for _ in range(size.runs):
-                steps.append(decode(OnDisk(folder), options, [text[:length]], size.warm_up).per_step)
-                firsts.append(prefill(OnDisk(folder), options, text[:prompt], later[:prompt])[1].seconds)
-            ours = simulated(machine, options, passes([decoded], prompt=1), size.warm_up)
-            first = simulated(machine, options, iter(prefills), 1)
-            rows = []
-            for metric, real, simulated_seconds in (("TPOT", steps, ours), ("TTFT", firsts, first)):
-                case_name, error = f"{share:.1%} in slots, {name}", abs(simulated_seconds / median(real) - 1.0)
+                now = look(resident, reading, size.repeats)
+                step = decode(OnDisk(folder), options, [text[:length]], size.warm_up).per_step
+                ours = simulated(machine.simulator(now, options), passes([decoded], prompt=1), size.warm_up)
+                found["TPOT"].append((step, ours))
+                _, warm = prefill(OnDisk(folder), options, text[:prompt], later[:prompt])
+                ours = simulated(machine.simulator(now, options), iter(prefills), 1)
+                found["TTFT"].append((warm.seconds, ours))
+            rows, of = [], f"{share:.1%} in slots, {name}"
+            for metric, pairs in found.items():
+                real, simulated_ms = ([1e3 * one for one in side] for side in zip(*pairs, strict=True))
+                error = [abs(ours / theirs - 1.0) for theirs, ours in pairs]
                 rows += [
-                    record.row(case_name, "real", metric, "ms", [one * 1e3 for one in real], better="lower"),
-                    record.row(case_name, "simulated", metric, "ms", [simulated_seconds * 1e3], better="lower"),
-                    record.row(case_name, "deviation", metric, "share", [error], target=GOAL, better="lower"),
+                    record.row(of, "real", metric, "ms", real, better="lower"),
+                    record.row(of, "simulated", metric, "ms", simulated_ms, better="lower"),
+                    record.row(of, "deviation", metric, "share", error, target=GOAL, better="lower"),
                 ]
             results.write(rows)
 

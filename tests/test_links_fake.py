@@ -63,6 +63,32 @@ def test_nothing_happens_while_no_time_passes() -> None:
     assert link.arrived([transfer]) is transfer
 
 
+@pytest.mark.parametrize("pieces", [1, 7])
+def test_computing_and_copying_slow_each_other(pieces: int) -> None:
+    """A copy that takes `alone` seconds: half of it beside computing, at half the speed, and the rest by itself."""
+    alone = EXPERT / BANDWIDTH
+    link, core = make(Wire(bandwidth=BANDWIDTH))
+    transfer = link.tell(lambda: (core.gate(0, [1]), core.ask(ExpertKey(0, 1), Part.WHOLE))[1])
+    for _ in range(pieces):
+        link.pass_time(alone / 3.0 / pieces, slowed=3.0, link_slowed=2.0)
+    assert link.now() == pytest.approx(alone)
+    link.wait([transfer])
+    assert link.now() == pytest.approx(1.5 * alone)
+    link.pass_time(alone, slowed=3.0, link_slowed=2.0)
+    assert link.now() == pytest.approx(2.5 * alone), "nothing is in flight any more"
+    fetch(link, core, ExpertKey(1, 2))
+    assert link.now() == pytest.approx(3.5 * alone), "the wire's clock goes on from there"
+
+
+def test_what_lands_within_a_computation_slows_only_what_is_before_it() -> None:
+    alone = EXPERT / BANDWIDTH
+    link, core = make(Wire(bandwidth=BANDWIDTH))
+    link.tell(lambda: (core.gate(0, [1]), core.ask(ExpertKey(0, 1), Part.WHOLE)))
+    link.pass_time(alone, slowed=4.0, link_slowed=2.0)
+    # The copy takes twice its time, in which half of its time is computed; the other half goes at full speed.
+    assert link.now() == pytest.approx(2.0 * alone + 0.5 * alone)
+
+
 def test_waiting_for_what_cannot_come_is_an_error_and_no_hang() -> None:
     link, core = make(Wire())
     transfer = Transfer(key=ExpertKey(0, 3), part=Part.WHOLE)
