@@ -300,7 +300,7 @@ def everything(subject: Subject, results: record.Results, quick: bool) -> None:
         prompt_after_another(subject, results, tokens, 2 if quick else 3)
     chance(subject, results, "the disk", length(16, 24, 12))
     chance(subject, results, f"the disk at {SLOW}", length(4, 12, 8), bandwidth=SLOW)
-    chance(subject, results, "the page cache", length(16, 24, 12), io="buffered")
+    chance(subject, results, "the page cache", length(32, 32, 20), io="buffered")
     for batch in (1, 2, 4, 8):
         two_of_them(subject, results, batch_case(batch), length(8, 24, 3), batch)
     whole_layers(subject, results, length(2, 6, 2))
