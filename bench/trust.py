@@ -179,7 +179,9 @@ def look(resident: Resident, reading: Reading, repeats: int) -> Moment:
     step, wire = resident.seconds(1, repeats), reading.wire(repeats)
     _, idle = reading.rate(lambda: time.sleep(0.5))
     streaming, beside = reading.rate(lambda: resident.seconds(1, repeats))
-    return Moment(wire=wire, step=step, slowed=max(streaming / step, 1.0), link_slowed=max(idle / beside, 1.0))
+    return Moment(
+        wire=wire, step=step, slowed=max(streaming / step, 1.0), link_slowed=max(idle / max(beside, 1.0), 1.0)
+    )
 
 
 def measure_costs(folder: Path, size: Size, resident: Resident) -> Measured:

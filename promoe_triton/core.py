@@ -22,6 +22,7 @@ from promoe_triton.protocols import Chunk, Cuts, ExpertKey, Part, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.techniques import Technique
 from promoe_triton.transfers import URGENT, TransferQueue
+from promoe_triton.trial import GhostCache
 
 STREAM_BUFFERS = 2
 """Slots that experts pass through when a call needs more of them than there are slots."""
@@ -98,8 +99,9 @@ class Core:
         self.admission = Admission()
         self._tallies = [Tally() for _ in tables]
         self.position = 0
-        # Experts that gates needed and nothing but speculation had put, or would have put, into slots.
+        # Misses of LRU caches of as many slots, which nothing copied ahead can change (see `Trial`).
         self.absent = 0
+        self._ghosts = {table: GhostCache(len(table)) for table in {*tables}}
         self._cuts = cuts
         self._preempt = preempt
         self._reorder = reorder
@@ -125,6 +127,7 @@ class Core:
         """
         table = self.tables[layer]
         keys = [ExpertKey(layer, expert) for expert in experts]
+        self.absent += self._ghosts[table].misses(keys)
         self._advance(layer)
         self._closed.pop(table, None)
         self._settle_guesses(layer, set(keys))
@@ -142,7 +145,6 @@ class Core:
                 table.touch(key)
             if not self._reorder:
                 table.make_room(len(missing))
-        self.absent += len(missing)
         self._cold[layer] = {*missing} if recent is not None else set()
         needed = {key.expert: key for key in keys} if recent else {}
         for expert in recent or ():
@@ -340,7 +342,6 @@ class Core:
         tally.useful += nbytes
         if self.tables[key.layer].is_ready(key):
             tally.on_time += 1
-            self.absent += 1
         else:
             tally.late += 1
             self._late[key] = nbytes

@@ -52,6 +52,7 @@ class Prefetcher:
         self._predictor = predictor
         self._taps: Taps | None = None
         self._speculation = Speculation(runtime.config.always_predict)
+        self._keeps_nothing = getattr(predictor, "stateless", False)
         self._has_warned = False
 
     @property
@@ -70,11 +71,13 @@ class Prefetcher:
             self._taps.remove()
             self._taps = None
 
-    def routed(self, layer: int, x_TD: Tensor, expert_ids_TA: Tensor | None, now: float) -> Outlook | None:
-        """Return what follows from a layer's routing, at the time `now`; ids None: it does not tell them by token."""
-        runtime = self._runtime
-        self._speculation.routed(layer, len(x_TD), now, runtime.counters.stall_seconds, runtime.core.absent)
-        if expert_ids_TA is None or self._speculation.leaves_out(Place(layer, Seam.ROUTED)):
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TA: Tensor | None, now: float, absent: int) -> Outlook | None:
+        """Return what follows from a layer's routing, at the time `now`; ids None: it does not tell them by token.
+
+        absent: `Core.absent` at that time.
+        """
+        self._speculation.routed(layer, len(x_TD), now, self._runtime.counters.stall_seconds, absent)
+        if expert_ids_TA is None or self._leaves_out(Place(layer, Seam.ROUTED)):
             return None
         if self._taps is not None:
             seen = self._taps.routed(layer, expert_ids_TA, x_TD)
@@ -84,16 +87,25 @@ class Prefetcher:
 
     def passed(self, seen: Observation) -> None:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
-        if self._runtime.is_settled or self._speculation.leaves_out(Place(seen.layer, seen.seam)):
+        if self._runtime.is_settled or self._leaves_out(Place(seen.layer, seen.seam)):
             return
         # What a predictor learns it must be able to change in calls outside of inference mode as well.
         with torch.inference_mode(False), torch.no_grad(), self._runtime.inside() as alone:
             if alone and (ahead := self._look(seen)) is not None:
                 self.speculate(ahead, self._runtime.read(ahead.tensors))
 
+    def _leaves_out(self, place: Place) -> bool:
+        """Whether not to ask the predictor. One that may learn is asked in a pass without predictions as well."""
+        if self._speculation.predicting:
+            return self._speculation.hopeless(place)
+        return self._keeps_nothing
+
     def _look(self, seen: Observation) -> Outlook | None:
-        predictions = [p for p in self._predictor.predict(seen) or () if self._is_sound(p, seen)]
-        return Outlook(seen, predictions) if predictions and seen.tokens < PROMPT else None
+        predictions = self._predictor.predict(seen) or ()
+        if seen.tokens >= PROMPT or not self._speculation.predicting:
+            return None
+        predictions = [prediction for prediction in predictions if self._is_sound(prediction, seen)]
+        return Outlook(seen, predictions) if predictions else None
 
     def _is_sound(self, prediction: Prediction, seen: Observation) -> bool:
         """Whether a prediction can be followed. One of a layer that is not there, say, is not, and is logged once."""

@@ -351,7 +351,8 @@ class Predictor(Protocol):
         """Rank experts of later layers, or of the next token's first ones. Never waits for the host.
 
         Every observation is shown once, in order, but for those where it has been given up; predictors that learn
-        learn from it here.
+        learn from it here. One that keeps nothing from one to the next may say so by an attribute `stateless`: in
+        passes that are to have no predictions it is not asked.
         """
         ...
 

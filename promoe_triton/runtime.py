@@ -152,17 +152,17 @@ class LayerRuntime:
             kernels.activate(call)
             self._compute(kernels.down, call, None)
             return kernels.combine(call)
-        began = model.now()
+        began, absent = model.now(), model.core.absent
         ids_TA = expert_ids_TA if ids_by_token else None
         model.begin_change()
         try:
             # The host reads a device once, so predictions come first there; else what is missing is asked for first.
-            ahead = None if x_TD.is_cpu else self._look_ahead(x_TD, ids_TA, began)
+            ahead = None if x_TD.is_cpu else self._look_ahead(x_TD, ids_TA, began, absent)
             known = self._read(call, ids_TA, ahead)
             self._count(known.experts)
             waves = Waves(self, known.experts, known.recent)
             if x_TD.is_cpu:
-                ahead = self._look_ahead(x_TD, ids_TA, began)
+                ahead = self._look_ahead(x_TD, ids_TA, began, absent)
             if ahead is not None and model.prefetcher is not None:
                 model.prefetcher.speculate(ahead, known.named or model.read(ahead.tensors))
             for wave in waves.up():
@@ -177,12 +177,12 @@ class LayerRuntime:
         model.end_change()
         return kernels.combine(call)
 
-    def _look_ahead(self, x_TD: Tensor, ids_TA: Tensor | None, began: float) -> Outlook | None:
+    def _look_ahead(self, x_TD: Tensor, ids_TA: Tensor | None, began: float, absent: int) -> Outlook | None:
         model = self.model
         if model.prefetcher is None:
             return None
         asked = model.now()
-        ahead = model.prefetcher.routed(self.index, x_TD, ids_TA, began)
+        ahead = model.prefetcher.routed(self.index, x_TD, ids_TA, began, absent)
         model.note("predict", f"layer {self.index} predicts", asked)
         return ahead
 

@@ -58,7 +58,8 @@ class Speculation:
 
     No more is queued than the link can bring until the layer comes (paper, section on stride prefetching): its
     bandwidth, times the time that layers take beside waiting. always: predict in every pass that is no prompt, also
-    where passes are faster without (`Trial`). predicted: passes with predictions so far, prompts left out.
+    where passes are faster without (`Trial`). predicting: whether this pass has predictions; predicted: how many had so
+    far, prompts left out.
     """
 
     def __init__(self, always: bool = False) -> None:
@@ -66,42 +67,48 @@ class Speculation:
         self._layer_seconds = 0.0
         self._last = (0.0, 0.0)
         self._skipped: dict[Place, int] = {}
-        self._layer = -1
+        self._layer, self._first_layer = -1, 0
+        self._layers = self._most_layers = 0
         self._pass: _Pass | None = None
         self._trials: dict[int, Trial] = {}
-        self._predicting = True
+        self.predicting = True
         self.predicted = 0
 
     def routed(self, layer: int, tokens: int, now: float, stalled: float, absent: int) -> None:
         """A layer has routed so many tokens at the time `now`.
 
-        stalled: seconds that layers have waited in all. absent: see `Core.absent`.
+        stalled: seconds that layers have waited in all. absent: `Core.absent` before this layer's gate.
         """
         if layer <= self._layer or self._pass is None:
-            self._begin(_Pass(tokens, now, absent))
+            self._begin(layer, _Pass(tokens, now, absent))
         self._layer = layer
+        self._layers += 1
         then, before = self._last
         self._last = (now, stalled)
         taken = now - then - (stalled - before)
         if then and tokens < PROMPT:
             self._layer_seconds += (taken - self._layer_seconds) * (SMOOTHING if self._layer_seconds else 1.0)
 
-    def _begin(self, this: _Pass) -> None:
-        """A pass begins, and with that the one before it has ended."""
-        before, self._pass, self._predicting = self._pass, this, True
-        if this.tokens >= PROMPT:
-            return
-        # Batches of one size (powers of two) go together: they take about as long.
-        trial = self._trials.setdefault(this.tokens.bit_length(), Trial())
-        if before is not None and before.tokens == this.tokens:
-            trial.note(this.began - before.began, this.absent - before.absent)
-        self._predicting = self._always or trial.predicting
-        self.predicted += self._predicting
+    def _begin(self, layer: int, this: _Pass) -> None:
+        """A pass begins at this layer, and with that the one before it has ended."""
+        before, self._pass, self.predicting = self._pass, this, True
+        layers, self._layers = self._layers, 0
+        self._first_layer = min(self._first_layer, layer) if before else layer
+        self._most_layers = max(self._most_layers, layers)
+        # Where another thread's forward came between, a pass has not all layers, or the next begins in the middle.
+        is_whole = layers == self._most_layers and layer == self._first_layer
+        if before is not None and is_whole and max(before.tokens, this.tokens) < PROMPT:
+            self._trial(before).note(this.began - before.began, this.absent - before.absent)
+        if this.tokens < PROMPT:
+            self.predicting = self._always or self._trial(this).predicting
+            self.predicted += self.predicting
 
-    def leaves_out(self, place: Place) -> bool:
-        """Whether to leave out this prediction: those from here have come to nothing, or this pass has none."""
-        if not self._predicting:
-            return True
+    def _trial(self, of: _Pass) -> Trial:
+        """Batches of about one size (powers of two) go together: they take about as long."""
+        return self._trials.setdefault(of.tokens.bit_length(), Trial())
+
+    def hopeless(self, place: Place) -> bool:
+        """Whether to leave out this prediction, as those from here have come to nothing."""
         left = self._skipped.get(place, 0)
         if left > 0:
             self._skipped[place] = left - 1

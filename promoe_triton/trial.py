@@ -6,8 +6,10 @@ is computed meanwhile, and by how much cannot be known beforehand. So it is trie
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from statistics import NormalDist
 
 BLOCK = 4
@@ -26,6 +28,27 @@ ENOUGH = 4
 INTERRUPTED = 4.0
 """A pass that takes so many times the usual was interrupted by something else, and does not count, unless the one
 before took as long."""
+
+
+class GhostCache:
+    """What an LRU cache of so many slots would hold, without the slots: nothing that is copied ahead changes it."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._order: OrderedDict[Hashable, None] = OrderedDict()
+
+    def misses(self, keys: Sequence[Hashable]) -> int:
+        """Use these keys, and return how many of them were absent."""
+        order, absent = self._order, 0
+        for key in keys:
+            if key in order:
+                order.move_to_end(key)
+                continue
+            absent += 1
+            order[key] = None
+            if len(order) > self._slots:
+                order.popitem(last=False)
+        return absent
 
 
 @dataclass(slots=True)
@@ -60,8 +83,9 @@ class _Sums:
 class Trial:
     """Gives passes with and without predictions their turns: the more sure it is which are faster, the fewer others.
 
-    How long a pass takes depends most on how many experts it needs that are not in slots, which chance gives one kind
-    or the other; so seconds are compared at equal numbers of them (analysis of covariance).
+    How long a pass takes depends most on how many experts it needs that were not used lately, which chance gives one
+    kind or the other; so seconds are compared at equal numbers of them (analysis of covariance): the misses of a
+    `GhostCache`, as those of the true one are partly what predictions do.
     """
 
     def __init__(self) -> None:
@@ -69,18 +93,20 @@ class Trial:
         self._kinds = {True: _Sums(), False: _Sums()}
         self._passes = 0
         self._due = 0.0
+        self._shortest = inf
         self._was_slow = False
 
     def note(self, seconds: float, absent: int) -> None:
-        """A pass has taken so long. absent: experts it needed that only speculation would have put into slots."""
+        """A pass has taken so long. absent: experts it needed that a `GhostCache` had not."""
         self._passes += 1
-        mine = self._kinds[self.predicting]
-        is_warm = self._passes > BLOCK
-        is_slow = mine.n >= BLOCK and seconds > INTERRUPTED * mine.y / mine.n
-        if is_warm and (self._was_slow or not is_slow):
-            for kind in self._kinds.values():
+        self._shortest = min(self._shortest, seconds)
+        on, off = self._kinds[True], self._kinds[False]
+        noted = on.n + off.n
+        is_slow = seconds > INTERRUPTED * ((on.y + off.y) / noted if noted >= BLOCK else self._shortest)
+        if self._passes > BLOCK and (self._was_slow or not is_slow):
+            for kind in (on, off):
                 kind.fade(1.0 - 1.0 / WINDOW)
-            mine.add(absent, seconds)
+            self._kinds[self.predicting].add(absent, seconds)
         self._was_slow = is_slow
         if self._passes % BLOCK == 0:
             self._due += self.share()
@@ -95,9 +121,10 @@ class Trial:
         xx, xy, yy = (a + b for a, b in zip(on.within(), off.within(), strict=True))
         slope = xy / xx if xx > 0.0 else 0.0
         usual = off.y / off.n
-        saved = usual - on.y / on.n - slope * (off.x / off.n - on.x / on.n)
+        more = off.x / off.n - on.x / on.n
+        saved = usual - on.y / on.n - slope * more
         spread = max(yy - slope * xy, 0.0) / max(on.n + off.n - 3.0, 1.0)
-        error = sqrt(spread * (1.0 / on.n + 1.0 / off.n))
+        error = sqrt(spread * (1.0 / on.n + 1.0 / off.n + (more * more / xx if xx > 0.0 else 0.0)))
         likely = NormalDist().cdf(saved / error) if error > 0.0 else float(saved >= 0.0)
         least = max(min(LOSS * usual / abs(saved), MOST), LEAST) if saved else MOST
         return min(max(likely, least), 1.0 - least)

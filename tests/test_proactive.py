@@ -118,6 +118,8 @@ def computing(model: Any, link: FakeLink, seconds: float) -> None:
 class Names:
     """A predictor that names whatever it is told to, for any layer and any number of tokens ahead."""
 
+    stateless = True
+
     def __init__(self, choose: Callable[[], Prediction]) -> None:
         self._choose = choose
 
@@ -378,6 +380,8 @@ class TestOnAKnownLink:
         made = faked(monkeypatch, bandwidth=self.BANDWIDTH)
 
         class Slow(Truth):
+            stateless = True
+
             def predict(self, seen: Observation) -> Sequence[Prediction]:
                 made.links[-1].pass_time(TestOnAKnownLink.COMPUTING)
                 return super().predict(seen)

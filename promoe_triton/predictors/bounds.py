@@ -26,6 +26,8 @@ class NoPredictor:
 class RandomPredictor:
     """Names experts drawn with equal chances, from a seed: what a prediction is worth that knows nothing."""
 
+    stateless = True
+
     def __init__(self, layers: RoutedLayers, reach: Reach, seed: int = 0) -> None:
         self._layers = layers
         self._reach = reach

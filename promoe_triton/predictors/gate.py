@@ -41,6 +41,8 @@ class GatePredictor:
     heads: what was learned beside the gates, or in place of them (see `learned`).
     """
 
+    stateless = True
+
     def __init__(self, gates: Gates, reach: Reach, heads: Heads | None = None) -> None:
         self._gates = list(gates.layers)
         self._heads = heads or {}

@@ -232,7 +232,7 @@ class Simulator:
         return Ranking(steps, [target.keys[expert] for expert in experts])
 
     def _speculate(self, place: Place, tokens: int, rankings: Sequence[Ranking]) -> None:
-        if tokens >= PROMPT or self._speculation.leaves_out(place):
+        if tokens >= PROMPT or not self._speculation.predicting or self._speculation.hopeless(place):
             return
         named = [ranking for ranking in rankings if ranking.experts]
         if named:
