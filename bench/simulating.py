@@ -11,10 +11,9 @@ from typing import Any
 
 import record
 
-from promoe_triton.cli.simulate import MODELS
 from promoe_triton.simulation.description import read_hardware, read_software
 from promoe_triton.simulation.routing import Statistics, passes
-from promoe_triton.simulation.shapes import model_shape
+from promoe_triton.simulation.shapes import MODELS, model_shape
 from promoe_triton.simulation.sweep import Choice, Scene, simulate, synthetic_texts
 
 CASES: dict[str, dict[str, Any]] = {

@@ -227,6 +227,11 @@ class Config:
         return ABLATION[self.ablation]
 
     @property
+    def predicts(self) -> bool:
+        """Whether experts may be copied ahead of need."""
+        return Technique.PREFETCH in self.step.techniques and self.predictor != "none"
+
+    @property
     def replacement(self) -> str:
         """The policy's name."""
         if self.step.static:

@@ -83,6 +83,8 @@ class Core:
     reorder: ready experts come first, and stay; else experts are taken in the order they are given, and each that is
         missing pushes out the one that was used least recently: maybe one that comes after it, and where there are
         more than there are slots, the first of the call, so that the next such call finds none of its own.
+    ghosts: count in `absent` what LRU caches of as many slots would miss, which nothing copied ahead can change (for
+        `Trial`).
     """
 
     def __init__(
@@ -93,15 +95,15 @@ class Core:
         overtake: bool = True,
         preempt: bool = True,
         reorder: bool = True,
+        ghosts: bool = False,
     ) -> None:
         self.tables = tables
         self.queue = TransferQueue(overtake)
         self.admission = Admission()
         self._tallies = [Tally() for _ in tables]
         self.position = 0
-        # Misses of LRU caches of as many slots, which nothing copied ahead can change (see `Trial`).
         self.absent = 0
-        self._ghosts = {table: GhostCache(len(table)) for table in {*tables}}
+        self._ghosts = {table: GhostCache(len(table)) for table in {*tables}} if ghosts else {}
         self._cuts = cuts
         self._preempt = preempt
         self._reorder = reorder
@@ -127,7 +129,8 @@ class Core:
         """
         table = self.tables[layer]
         keys = [ExpertKey(layer, expert) for expert in experts]
-        self.absent += self._ghosts[table].misses(keys)
+        if self._ghosts:
+            self.absent += self._ghosts[table].misses(keys)
         self._advance(layer)
         self._closed.pop(table, None)
         self._settle_guesses(layer, set(keys))
@@ -441,4 +444,5 @@ def make_core(config: Config, tables: Sequence[SlotTable], cuts: Callable[[Trans
         overtake=config.overtake,
         preempt=Technique.PREEMPTION in step.techniques,
         reorder=Technique.REORDER in step.techniques or step.layer,
+        ghosts=config.predicts and not config.always_predict,
     )

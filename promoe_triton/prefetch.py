@@ -52,7 +52,7 @@ class Prefetcher:
         self._predictor = predictor
         self._taps: Taps | None = None
         self._speculation = Speculation(runtime.config.always_predict)
-        self._keeps_nothing = getattr(predictor, "stateless", False)
+        self._learns = not getattr(predictor, "stateless", False)
         self._has_warned = False
 
     @property
@@ -77,7 +77,7 @@ class Prefetcher:
         absent: `Core.absent` at that time.
         """
         self._speculation.routed(layer, len(x_TD), now, self._runtime.counters.stall_seconds, absent)
-        if expert_ids_TA is None or self._leaves_out(Place(layer, Seam.ROUTED)):
+        if expert_ids_TA is None or self._speculation.leaves_out(Place(layer, Seam.ROUTED), self._learns):
             return None
         if self._taps is not None:
             seen = self._taps.routed(layer, expert_ids_TA, x_TD)
@@ -87,18 +87,12 @@ class Prefetcher:
 
     def passed(self, seen: Observation) -> None:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
-        if self._runtime.is_settled or self._leaves_out(Place(seen.layer, seen.seam)):
+        if self._runtime.is_settled or self._speculation.leaves_out(Place(seen.layer, seen.seam), self._learns):
             return
         # What a predictor learns it must be able to change in calls outside of inference mode as well.
         with torch.inference_mode(False), torch.no_grad(), self._runtime.inside() as alone:
             if alone and (ahead := self._look(seen)) is not None:
                 self.speculate(ahead, self._runtime.read(ahead.tensors))
-
-    def _leaves_out(self, place: Place) -> bool:
-        """Whether not to ask the predictor. One that may learn is asked in a pass without predictions as well."""
-        if self._speculation.predicting:
-            return self._speculation.hopeless(place)
-        return self._keeps_nothing
 
     def _look(self, seen: Observation) -> Outlook | None:
         predictions = self._predictor.predict(seen) or ()

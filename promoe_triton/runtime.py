@@ -32,7 +32,7 @@ from promoe_triton.slots import SlotTable
 from promoe_triton.speculation import PROMPT
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore, ResidentStore
-from promoe_triton.techniques import Step, Technique
+from promoe_triton.techniques import Step
 from promoe_triton.timeline import Timeline
 from promoe_triton.waves import RECENT, Waves
 
@@ -284,7 +284,7 @@ class ModelRuntime:
             self.prefetcher.remove()
             self.prefetcher = None
         config = self.config
-        if self.link is None or Technique.PREFETCH not in config.step.techniques:
+        if self.link is None or not config.predicts:
             return
         predictor: Predictor | None
         if isinstance(config.predictor, str | Path):

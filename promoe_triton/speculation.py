@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """A pass over the model: how many tokens, when its first layer had routed, and experts found absent until then."""
+    """A pass over the model: how many tokens, and when its first layer had routed. absent: `Core.absent` then."""
 
     tokens: int
     began: float
@@ -97,7 +97,7 @@ class Speculation:
         self._most_layers = max(self._most_layers, layers)
         # Where another thread's forward came between, a pass has not all layers, or the next begins in the middle.
         is_whole = layers == self._most_layers and layer == self._first_layer
-        if before is not None and is_whole and max(before.tokens, this.tokens) < PROMPT:
+        if before is not None and is_whole and max(before.tokens, this.tokens) < PROMPT and not self._always:
             self._trial(before).note(this.began - before.began, this.absent - before.absent)
         if this.tokens < PROMPT:
             self.predicting = self._always or self._trial(this).predicting
@@ -107,8 +107,13 @@ class Speculation:
         """Batches of about one size (powers of two) go together: they take about as long."""
         return self._trials.setdefault(of.tokens.bit_length(), Trial())
 
-    def hopeless(self, place: Place) -> bool:
-        """Whether to leave out this prediction, as those from here have come to nothing."""
+    def leaves_out(self, place: Place, learns: bool = False) -> bool:
+        """Whether not to ask for this prediction: those from here have come to nothing, or this pass has none.
+
+        learns: a predictor that may learn is asked in a pass without predictions as well.
+        """
+        if not self.predicting:
+            return not learns
         left = self._skipped.get(place, 0)
         if left > 0:
             self._skipped[place] = left - 1

@@ -11,6 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from promoe_triton import core as cores
+from promoe_triton.config import Config
 from promoe_triton.core import Core, Needs, Tally
 from promoe_triton.policies import make_policy
 from promoe_triton.protocols import PAGE, Chunk, Cuts, ExpertKey, Part, Transfer
@@ -506,3 +508,20 @@ def test_bytes_of_a_late_copy_that_is_given_up_are_not_useful(landed: bool) -> N
     while drive(core):
         pass
     assert (total(core).copied, total(core).useful, total(core).late) == (3 * PAGE, 0, 1)
+
+
+def test_the_misses_of_a_ghost_are_counted_where_something_is_predicted_and_predictions_change_none() -> None:
+    def absent(config: Config, *predicted: int) -> int:
+        tables = [SlotTable(range(2), make_policy("lru", {}))]
+        core = cores.make_core(config, tables, lambda transfer: Cuts(ends=(4096,)))
+        for experts in ([0, 1], [0, 2], [2]):
+            core.predict(core.position_of(0, 0), [ExpertKey(0, e) for e in predicted], 1e9)
+            while (chunk := core.next_chunk(4096, 4096)) is not None:
+                if core.landed(chunk):
+                    core.finished(chunk.transfer)
+            needs = core.gate(0, experts)
+            core.release(needs.resident)
+        return core.absent
+
+    assert absent(Config()) == absent(Config(), 1) == absent(Config(), 2, 0) == 3
+    assert absent(Config(predictor="none")) == absent(Config(always_predict=True)) == 0

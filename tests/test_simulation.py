@@ -26,14 +26,13 @@ from promoe_triton.protocols import Part
 from promoe_triton.simulation.costs import Curve, Roofline
 from promoe_triton.simulation.description import FOLDER, hardware_names, read_hardware, read_software
 from promoe_triton.simulation.routing import Routed, Statistics, Synthetic, passes, popularity_of
-from promoe_triton.simulation.shapes import LayerShape, ModelShape, model_shape
+from promoe_triton.simulation.shapes import MODELS, LayerShape, ModelShape, model_shape
 from promoe_triton.simulation.simulator import Outcome, Simulator
 from promoe_triton.simulation.sweep import Choice, Scene, combinations, simulate, traced_texts
 from promoe_triton.techniques import ABLATION
 from promoe_triton.traces import TracedLayer, TraceWriter, read_trace
 
 DEMO = Path(promoe_triton.__file__).parent / "demo" / "model"
-MODELS = Path(promoe_triton.__file__).parent / "simulation" / "models"
 WEIGHTS = 1 << 21
 MACHINE = read_hardware("rtx4090")
 LOOP = read_software("loop")

@@ -13,17 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import record
 
-import promoe_triton.simulation
 from promoe_triton.simulation.description import Hardware, Software, read_hardware, read_software
 from promoe_triton.simulation.routing import Routed, Statistics
-from promoe_triton.simulation.shapes import ModelShape, model_shape
+from promoe_triton.simulation.shapes import MODELS, ModelShape, model_shape
 from promoe_triton.simulation.simulator import Outcome
 from promoe_triton.simulation.sweep import Choice, Scene, simulate, synthetic_texts
 
 __all__ = ["record"]  # found by way of this module
 
 HERE = Path(__file__).resolve().parent
-MODELS = Path(promoe_triton.simulation.__file__).parent / "models"
 PAPER_MODELS = ("deepseek-moe-16b", "deepseek-v2-lite", "qwen1.5-moe-a2.7b", "qwen2-57b-a14b", "mixtral-8x7b")
 FITTED = HERE / "fitted.json"
 ACCURACY = (0.847, 0.797, 0.747)

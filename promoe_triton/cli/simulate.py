@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-import promoe_triton.simulation
 from promoe_triton.cli.evaluate import NAMED, predictors_for
 from promoe_triton.cli.generation import TRUST
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, working, write_csv
@@ -19,7 +18,7 @@ from promoe_triton.evaluation.goodpred import routed
 from promoe_triton.evaluation.replay import replay
 from promoe_triton.simulation.description import hardware_names, read_hardware, read_software
 from promoe_triton.simulation.routing import Routed, Statistics
-from promoe_triton.simulation.shapes import model_shape
+from promoe_triton.simulation.shapes import MODELS, model_shape
 from promoe_triton.simulation.sweep import (
     PREDICTORS,
     Choice,
@@ -31,8 +30,6 @@ from promoe_triton.simulation.sweep import (
 )
 from promoe_triton.techniques import ABLATION
 from promoe_triton.traces import Trace, read_trace
-
-MODELS = Path(promoe_triton.simulation.__file__).parent / "models"
 
 SWEPT = "Several values, with commas between them, give a table of all combinations."
 

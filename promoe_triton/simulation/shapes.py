@@ -6,6 +6,7 @@ Letters: T tokens, E experts of a layer, A active ones per token, L MoE layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from promoe_triton.loading import read_configuration, skeleton_of
 from promoe_triton.patch._swap import find_experts
 from promoe_triton.predictors.reach import find_layers
 from promoe_triton.protocols import PAGE, Cuts, ExpertSpec, Part, TensorSpec, Transfer, round_up
+
+MODELS = Path(__file__).parent / "models"
+"""Configurations of published models, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

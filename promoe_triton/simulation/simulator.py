@@ -20,7 +20,7 @@ from promoe_triton.simulation.costs import Costs
 from promoe_triton.simulation.routing import Pass
 from promoe_triton.simulation.shapes import ModelShape
 from promoe_triton.speculation import PROMPT, Place, Ranking, Speculation
-from promoe_triton.techniques import Step, Technique
+from promoe_triton.techniques import Step
 from promoe_triton.waves import RECENT, Waves
 
 
@@ -145,7 +145,7 @@ class Simulator:
         self.link.restart(self.core)
         self.counters = Counters(now=self.link.now)
         self.layers = [SimulatedLayer(self, i, layer.experts) for i, layer in enumerate(shape.layers)]
-        self._prefetch = Technique.PREFETCH in config.step.techniques and config.predictor != "none"
+        self._prefetch = config.predicts
         self._speculation = Speculation(config.always_predict)
         if config.warm:
             self._warm()
@@ -232,7 +232,7 @@ class Simulator:
         return Ranking(steps, [target.keys[expert] for expert in experts])
 
     def _speculate(self, place: Place, tokens: int, rankings: Sequence[Ranking]) -> None:
-        if tokens >= PROMPT or not self._speculation.predicting or self._speculation.hopeless(place):
+        if tokens >= PROMPT or self._speculation.leaves_out(place):
             return
         named = [ranking for ranking in rankings if ranking.experts]
         if named:
