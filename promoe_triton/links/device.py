@@ -56,9 +56,13 @@ class DeviceFiller:
         extent = image.extents[index]
         skip = chunk.begin - (image.ends[index] - extent.nbytes)
         nbytes = chunk.end - chunk.begin
-        first = extent.slot_offset + skip
-        lane.copy(slot[first : first + nbytes], self._source.read(transfer, extent, index, skip, nbytes))
-        lane.finish()
+        done = 0
+        while done < nbytes:
+            data = self._source.read(transfer, extent, index, skip + done, nbytes - done)
+            first = extent.slot_offset + skip + done
+            lane.copy(slot[first : first + len(data)], data)
+            lane.finish()
+            done += len(data)
         return nbytes
 
     def finish(self, transfer: Transfer) -> ExpertTensors:

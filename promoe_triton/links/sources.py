@@ -44,7 +44,10 @@ class Source(Protocol):
         ...
 
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
-        """Return bytes of the image's extent number `index`, uint8 [nbytes]; valid until this thread's next call."""
+        """Return bytes of the image's extent number `index`: uint8, as many as lie in one place, at most `nbytes`.
+
+        Valid until this thread's next call.
+        """
         ...
 
     def converted(self, transfer: Transfer, slot_bytes: int) -> Converted:
@@ -125,9 +128,10 @@ class HostSource:
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
         name = self.image(transfer).tensors[index].spec.name
         data = self._store.bytes_of(transfer.key, name)[skip : skip + nbytes]
-        if self._registration.reads(data.data_ptr()):
-            return data
-        return self._rings.room(nbytes).slot(0)[:nbytes].copy_(data)
+        stretch = self._registration.stretch(data.data_ptr())
+        if (left := stretch.end - data.data_ptr()) < nbytes:
+            data = data[: int(left)]
+        return data if stretch.reads else self._rings.room(len(data)).slot(0)[: len(data)].copy_(data)
 
     def converted(self, transfer: Transfer, slot_bytes: int) -> Converted:
         raise AssertionError("what rests in memory needs no conversion")

@@ -49,6 +49,11 @@ class HostStore:
         self._layouts = tuple(layouts)
         self._tensors = tuple({name: tensor.detach() for name, tensor in layer.items()} for layer in tensors)
         self.registration = Registration(self.tensors())
+        self._bytes = tuple(
+            {name: tensor.view(-1).view(torch.uint8) for name, tensor in layer.items() if tensor.is_contiguous()}
+            for layer in self._tensors
+        )
+        self._nbytes = tuple({tensor.name: tensor.nbytes for tensor in spec.tensors} for spec in specs)
         self._images = {
             (spec, part): _image(spec).of(part) for spec in set(specs) for part in Part.__members__.values()
         }
@@ -70,9 +75,13 @@ class HostStore:
         return list({t.data_ptr(): t for layer in self._tensors for t in layer.values()}.values())
 
     def bytes_of(self, key: ExpertKey, name: str) -> Tensor:
-        """Return the bytes of one of an expert's tensors, uint8, a view."""
-        cut = self._layouts[key.layer].cut(self._tensors[key.layer][name], key.expert)
-        return cut.reshape(-1).view(torch.uint8)
+        """Return the bytes of one of an expert's tensors, uint8, a view where they lie together."""
+        flat = self._bytes[key.layer].get(name)
+        if flat is None:
+            cut = self._layouts[key.layer].cut(self._tensors[key.layer][name], key.expert)
+            return cut.reshape(-1).view(torch.uint8)
+        nbytes = self._nbytes[key.layer][name]
+        return flat[key.expert * nbytes : (key.expert + 1) * nbytes]
 
     def image(self, key: ExpertKey, part: Part = Part.WHOLE) -> SlotImage:
         """Lay out an expert in a slot, aligned; it has an extent for each of its tensors."""
