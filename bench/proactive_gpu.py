@@ -359,6 +359,8 @@ def work(args: argparse.Namespace, device: torch.device) -> int:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # cuDNN's attention plans anew for every length of the text: milliseconds a layer, for all that is compared here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         torch.set_num_threads(1)
     where = about(device, args.quick)

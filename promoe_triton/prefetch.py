@@ -39,6 +39,8 @@ def read(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Return integer (or boolean) tensors as lists. On a device the host waits once for all of them."""
     if not tensors or tensors[0].is_cpu:
         return [tensor.tolist() for tensor in tensors]
+    if len(tensors) == 1:
+        return [tensors[0].flatten().tolist()]
     numbers = torch.cat([tensor.flatten().long() for tensor in tensors]).tolist()
     ends = list(accumulate(tensor.numel() for tensor in tensors))
     return [numbers[end - tensor.numel() : end] for end, tensor in zip(ends, tensors, strict=True)]

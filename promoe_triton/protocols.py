@@ -199,16 +199,16 @@ class Link(Protocol):
         """Run what changes the feed, and look for new work."""
         ...
 
-    def wait(self, transfers: Sequence[Transfer]) -> Transfer:
-        """Return the first of these transfers that has arrived: work issued from now on sees its bytes.
+    def wait(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
+        """Return those of these transfers that have arrived, one at least: work issued from now on sees their bytes.
 
         Raises PromoeError, naming the source and the offset, when a copy failed or made no progress within the
         link's bound. A chunk may still be in flight after that: `drain` tells.
         """
         ...
 
-    def arrived(self, transfers: Sequence[Transfer]) -> Transfer | None:
-        """Return the first of these transfers that has arrived already, as `wait` does; None where none has."""
+    def arrived(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
+        """Return those of these transfers that have arrived already, as `wait` does."""
         ...
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
@@ -361,8 +361,11 @@ class Call(Protocol):
     """One pass of some tokens through one layer, between `LayerKernels.begin` and `combine`."""
 
     @property
-    def asked_E(self) -> Tensor | None:
-        """Which experts this call needs, bool [E], where only a device knows; None where the host does."""
+    def asked(self) -> Tensor | None:
+        """The experts this call needs, where only a device knows: [n], in any order, some maybe more than once.
+
+        Ids that are none of the layer's are to be passed over. None where the host knows.
+        """
         ...
 
     @property

@@ -188,13 +188,13 @@ class LayerRuntime:
 
     def _read(self, call: Call, ids_TA: Tensor | None, ahead: Outlook | None) -> _Known:
         """Read what the host must know of a call, and of what was predicted with it."""
-        asked_E = call.asked_E
-        tensors = [] if asked_E is None else [asked_E]
+        asked = call.asked
+        tensors = [] if asked is None else [asked]
         is_prompt = ids_TA is not None and len(ids_TA) >= PROMPT
         if ids_TA is not None and is_prompt:
             tensors.append(ids_TA[-RECENT:].flatten())
         lists = self.model.read(tensors + (ahead.tensors if ahead else []))
-        experts = call.experts if asked_E is None else [e for e, is_asked in enumerate(lists.pop(0)) if is_asked]
+        experts = call.experts if asked is None else sorted({e for e in lists.pop(0) if 0 <= e < self.experts})
         recent = lists.pop(0) if is_prompt else None
         return _Known(experts=experts, recent=recent, named=lists)
 

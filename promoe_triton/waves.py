@@ -144,40 +144,52 @@ class Waves:
             pending = list(self._asked.values())
             now = bool(waiting) and not self._whole_layer
             arrived = self._link.arrived(pending) if now else self._wait(pending)
-            if arrived is None:
-                yield [waiting.pop(0)]
-            else:
+            if arrived:
                 yield from self._compute(arrived)
+            else:
+                yield [waiting.pop(0)]
         if waiting:
             yield waiting
 
     def _one_by_one(self, keys: Sequence[ExpertKey], part: Part) -> Iterator[list[int]]:
         """Yield experts as they stand, and ask for each when it is its turn, unless it was asked for before."""
-        ready = {*self._needs.resident}
+        resident, ready = {*self._needs.resident}, list[ExpertKey]()
         for key in keys:
-            if key in ready:
-                yield self._wave([key])
+            if key in resident:
+                ready.append(key)
                 continue
+            if ready:
+                yield self._wave(ready)
+                ready = []
             if key not in self._asked:
                 self._link.tell(lambda key=key: self._ask_all([key], part))  # type: ignore[misc]
             yield from self._compute(self._wait([self._asked[key]]))
+        if ready:
+            yield self._wave(ready)
 
-    def _wait(self, transfers: Sequence[Transfer]) -> Transfer:
+    def _wait(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
         began = self._link.now()
-        transfer = self._link.wait(transfers)
+        arrived = self._link.wait(transfers)
         self._layer.counters.stall_seconds += self._link.now() - began
         self._layer.waited(began)
-        return transfer
+        return arrived
 
-    def _compute(self, arrived: Transfer) -> Iterator[list[int]]:
-        key = arrived.key
-        del self._asked[key]
-        self._layer.place(key)
-        yield self._wave([key])
-        if arrived.part != Part.WHOLE:
-            self._layer.remove(key.expert)
-            self._fence([key])
-            self._link.tell(lambda: self._core.discard(key))
+    def _compute(self, arrived: Sequence[Transfer]) -> Iterator[list[int]]:
+        keys = [transfer.key for transfer in arrived]
+        for key in keys:
+            del self._asked[key]
+            self._layer.place(key)
+        yield self._wave(keys)
+        passing = [transfer.key for transfer in arrived if transfer.part != Part.WHOLE]
+        if passing:
+            for key in passing:
+                self._layer.remove(key.expert)
+            self._fence(passing)
+            self._link.tell(lambda: self._discard(passing))
+
+    def _discard(self, keys: Iterable[ExpertKey]) -> None:
+        for key in keys:
+            self._core.discard(key)
 
     def close(self) -> None:
         """Give all leases back."""

@@ -204,9 +204,10 @@ class TestPlaces:
         places, memory = Places(self.spec, 4, transposed=False), torch.arange(1000.0)
         for e, offset in enumerate((0, 3 * UNIT, UNIT)):
             places.place(e, self.at(memory, offset))
-        assert places.pool.data.stride() == (UNIT, 4, 1)
-        assert places.pool.slot_of_E.tolist() == [0, 3, 1, -1]
-        assert torch.equal(places.pool.data[3], self.at(memory, 3 * UNIT))
+        assert places.data.stride() == (UNIT, 4, 1)
+        assert places.slots([0, 1, 2]).tolist() == [0, 3, 1, -1]
+        assert places.slots([1]).tolist() == [-1, 3, -1, -1]
+        assert torch.equal(places.data[3], self.at(memory, 3 * UNIT))
 
     def test_at_any_phase(self) -> None:
         places, memory = Places(self.spec, 3, transposed=True), torch.arange(1000.0)
@@ -214,26 +215,26 @@ class TestPlaces:
         places.place(1, self.at(memory, 7))
         places.place(2, self.at(memory, 988))  # the last there is room for
         for e, offset in enumerate((UNIT, 7, 988)):
-            assert torch.equal(places.pool.data[int(places.pool.slot_of_E[e])], self.at(memory, offset).t())
+            assert torch.equal(places.data[places.slots(None)[e]], self.at(memory, offset).t())
 
     def test_other_memory(self) -> None:
         places, memory = Places(self.spec, 2, transposed=False), torch.arange(1000.0)
         places.place(0, self.at(memory, 0))
         places.place(1, self.at(memory.clone(), 0))
-        assert places.pool.slot_of_E.tolist() == [-1, 0]
+        assert places.slots([1]).tolist() == [-1, 0]
         with pytest.raises(PromoeError, match=r"w of experts \[0\] is not in a slot"):
-            places.check(None)
+            places.slots(None)
 
     def test_removed(self) -> None:
         places = Places(self.spec, 2, transposed=False)
         with pytest.raises(PromoeError, match="no expert's w has been placed"):
-            _ = places.pool
+            _ = places.data
         places.remove(0)
         places.place(1, torch.zeros(3, 4))
-        places.check([1])
+        places.slots([1])
         places.remove(1)
         with pytest.raises(PromoeError, match=r"w of experts \[1\] is not in a slot"):
-            places.check([1])
+            places.slots([1])
 
     def test_not_contiguous(self) -> None:
         with pytest.raises(ValueError, match=r"w: expected a contiguous tensor, got strides \(1, 3\)"):

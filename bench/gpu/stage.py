@@ -10,12 +10,10 @@ import grid
 import torch
 from torch import Tensor
 
+from promoe_triton.kernels import whole
 from promoe_triton.kernels.combine import combine
-from promoe_triton.kernels.grouped import grouped_product
 from promoe_triton.kernels.pool import Projection
-from promoe_triton.kernels.rows import rows_product
 from promoe_triton.kernels.samples import Routed, draw_call, draw_experts, layer_in_float64, sets_needed
-from promoe_triton.kernels.schedule import SMALL, schedule
 from promoe_triton.kernels.shapes import LayerShape
 from promoe_triton.kernels.tiles import TileTable
 from promoe_triton.kernels.timing import cache_bytes
@@ -23,6 +21,10 @@ from promoe_triton.kernels.trials import Cost
 
 ROOM = 0.85
 """Share of the device's free memory that experts may take, leaving the rest to activations and to the reference."""
+
+
+MOST_SETS = 64
+"""A rehearsal's experts are so small that thousands of sets would be needed to be larger than a cache."""
 
 
 class DoesNotFit(Exception):
@@ -58,7 +60,7 @@ class Stage:
         fitting = int(ROOM * free) // (2 * self.shape.nbytes(self.dtype))
         if not fitting:
             raise DoesNotFit(f"2 x {self.shape.nbytes(self.dtype) / 1e9:.0f} GB of experts, {free / 1e9:.0f} GB free")
-        return min(needed, fitting)
+        return min(needed, fitting, MOST_SETS)
 
     @property
     def dense(self) -> list[dict[str, Tensor]]:
@@ -136,26 +138,17 @@ class Stage:
         """Compute one call; fill: what is in the results of the products before they are computed."""
         T, A = call.ids_TA.shape
         R, shape = T * A, self.shape.call(T, self.dtype)
-        plan = None
-        if not shape.by_rows:
-            block = self.table.block(shape)
-            plan = schedule(call.ids_TA, call.weights_TA, None, experts=self.shape.E, block=block)
+        plan = whole.plan(call.ids_TA, call.weights_TA, shape, self.table)
         h_RF = call.x_TD.new_empty((R, self.shape.F))
-        y_RD = call.x_TD.new_empty((R, self.shape.D), dtype=torch.float32 if R <= SMALL else self.dtype)
+        y_RD = call.x_TD.new_empty((R, self.shape.D), dtype=shape.sum_dtype)
         if fill is not None:
             h_RF.fill_(fill)
             y_RD.fill_(fill)
-        steps = ((h_RF, call.x_TD, up, self.shape.up, False), (y_RD, h_RF, down, self.shape.down, True))
-        for out, x, projection, product, weighted in steps:
+        for out, x, projection, is_up in ((h_RF, call.x_TD, up, True), (y_RD, h_RF, down, False)):
+            how = {"up": is_up, "weighted": not is_up}
             for wave in waves.masks:
-                if plan is None:
-                    tile = self.table.rows(shape, product)
-                    rows_product(out, x, call.ids_TA, call.weights_TA, projection, wave, weighted=weighted, tile=tile)
-                else:
-                    tile = self.table.grouped(shape, product)
-                    gather = not weighted
-                    grouped_product(
-                        out, x, plan, call.weights_TA, projection, wave, gather=gather, weighted=weighted, tile=tile
-                    )
+                whole.product(
+                    out, x, call.ids_TA, call.weights_TA, plan, projection, wave, **how, call=shape, table=self.table
+                )
         order = None if plan is None else plan.row_of_R
         return combine(y_RD, order, call.x_TD, call.ids_TA, call.weights_TA, experts=self.shape.E, weighted=True)

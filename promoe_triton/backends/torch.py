@@ -68,7 +68,7 @@ class Rows:
     down_parts: int = PLAIN
 
     @property
-    def asked_E(self) -> Tensor | None:
+    def asked(self) -> Tensor | None:
         return None
 
     @property
@@ -363,7 +363,7 @@ class Groups:
     states: dict[int, Any]
 
     @property
-    def asked_E(self) -> Tensor | None:
+    def asked(self) -> Tensor | None:
         return None
 
 

@@ -9,6 +9,7 @@ in the result. The host reads nothing of a call unless it is asked which experts
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,9 @@ from promoe_triton.kernels.schedule import Schedule
 from promoe_triton.kernels.tiles import TileTable, table_for, target_of
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.protocols import ExpertSpec, ExpertTensors, LayerKernels, TensorSpec
+
+FEW = 256
+"""Routed pairs that are read as they are, to know which experts a call needs."""
 
 UNIT = 64
 """Elements. Experts that lie at multiples of it are addressed in steps of it, which tells the compiler that loads of 16
@@ -70,67 +74,64 @@ def own_table(device: torch.device, file: Path) -> TileTable:
 
 
 class Places:
-    """Where one tensor of every expert lies: distances from the beginning of the memory that holds all of them.
-
-    The host keeps them, and sends them to the device before the next product that reads them.
-    """
+    """Where one tensor of every expert lies: distances from the beginning of the memory that holds all of them."""
 
     def __init__(self, spec: TensorSpec, experts: int, transposed: bool) -> None:
-        self._spec = spec
+        self.name = spec.name
         self._transposed = transposed
         self._experts = experts
         self._memory = 0
         self._unit = UNIT
         self._offsets: dict[int, int] = {}
-        self._pool: Pool | None = None
-        self._is_sent = False
+        self._data: Tensor | None = None
 
     @property
-    def pool(self) -> Pool:
-        if self._pool is None:
-            raise PromoeError(f"no expert's {self._spec.name} has been placed")
-        if not self._is_sent:
-            # Pageable memory: the call has taken its own copy of it when it returns.
-            slots = [self._offsets.get(e, -self._unit) // self._unit for e in range(self._experts)]
-            self._pool.slot_of_E.copy_(torch.tensor(slots, dtype=torch.int64), non_blocking=True)
-            self._is_sent = True
-        return self._pool
+    def data(self) -> Tensor:
+        """Return all memory as slots that begin `unit` elements apart."""
+        if self._data is None:
+            raise PromoeError(f"no expert's {self.name} has been placed")
+        return self._data
 
-    def check(self, experts: Sequence[int] | None) -> None:
-        """Raise PromoeError unless these experts (None: all) can be read."""
-        if experts is None and len(self._offsets) == self._experts:
-            return
-        missing = {*(range(self._experts) if experts is None else experts)} - self._offsets.keys()
-        if missing:
-            raise PromoeError(f"{self._spec.name} of experts {sorted(missing)} is not in a slot")
+    def slots(self, experts: Sequence[int] | None) -> array[int]:
+        """Return [E]: the slots of these experts (None: of all), -1 for the others.
+
+        Raises PromoeError unless they can be read.
+        """
+        found = array("q", [-1]) * self._experts
+        offsets, unit = self._offsets, self._unit
+        try:
+            for expert in range(self._experts) if experts is None else experts:
+                found[expert] = offsets[expert] // unit
+        except KeyError:
+            missing = {*(range(self._experts) if experts is None else experts)} - offsets.keys()
+            raise PromoeError(f"{self.name} of experts {sorted(missing)} is not in a slot") from None
+        return found
 
     def place(self, expert: int, tensor: Tensor) -> None:
         if not tensor.is_contiguous():
-            raise ValueError(f"{self._spec.name}: expected a contiguous tensor, got strides {tensor.stride()}")
+            raise ValueError(f"{self.name}: expected a contiguous tensor, got strides {tensor.stride()}")
         memory = tensor.untyped_storage().data_ptr()
         offset = int(tensor.storage_offset())
-        if memory != self._memory or self._pool is None or self._pool.data.dtype != tensor.dtype:
+        if memory != self._memory or self._data is None or self._data.dtype != tensor.dtype:
             # Other memory than before, as when resident weights were cast: what lay in the old is gone.
             self._offsets, self._memory, self._unit = {}, memory, UNIT
-            self._pool = self._view(tensor, torch.empty(self._experts, dtype=torch.int64, device=tensor.device))
+            self._data = self._view(tensor)
         if offset % self._unit:
             self._unit = 1
-            self._pool = self._view(tensor, self._pool.slot_of_E)
+            self._data = self._view(tensor)
         self._offsets[expert] = offset
-        self._is_sent = False
 
     def remove(self, expert: int) -> None:
-        if self._offsets.pop(expert, None) is not None:
-            self._is_sent = False
+        self._offsets.pop(expert, None)
 
-    def _view(self, tensor: Tensor, slot_of_E: Tensor) -> Pool:
+    def _view(self, tensor: Tensor) -> Tensor:
         memory = tensor.untyped_storage()
         flat = tensor.new_empty(0).set_(memory, 0, (memory.nbytes() // tensor.itemsize,), (1,))
         slots = (len(flat) - tensor.numel()) // self._unit + 1
         shape, strides = tuple(tensor.shape), tuple(tensor.stride())
         if self._transposed:
             shape, strides = shape[::-1], strides[::-1]
-        return Pool(data=flat.as_strided((slots, *shape), (self._unit, *strides)), slot_of_E=slot_of_E)
+        return flat.as_strided((slots, *shape), (self._unit, *strides))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -149,18 +150,20 @@ class TritonCall:
     y_RD: Tensor
 
     @cached_property
-    def asked_E(self) -> Tensor:
-        """Which experts this call needs, bool [E]."""
-        used = (self.ids_TA < self.known) & (self.weights_TA != 0)
-        # One place more, for all that is of no expert.
-        asked = self.ids_TA.new_zeros(self.known + 1, dtype=torch.bool)
-        asked.scatter_(0, torch.where(used, self.ids_TA, self.known).flatten().long(), True)
-        return asked[:-1]
+    def asked(self) -> Tensor:
+        used = torch.where(self.weights_TA != 0, self.ids_TA, self.known).flatten()
+        if len(used) <= FEW:
+            return used
+        # Of many pairs, which experts they are: one place more for all that is of none.
+        asked = used.new_zeros(self.known + 1, dtype=torch.bool)
+        asked[torch.where(used < 0, self.known, used).clamp(max=self.known)] = True
+        numbers = torch.arange(self.known + 1, device=used.device)
+        return torch.where(asked, numbers, self.known)
 
     @property
     def experts(self) -> Collection[int]:
         """The experts this call needs. The host waits for the routing here."""
-        return [e for e, is_asked in enumerate(self.asked_E.tolist()) if is_asked]
+        return sorted({e for e in self.asked.tolist() if 0 <= e < self.known})
 
 
 class TritonLayer:
@@ -172,6 +175,7 @@ class TritonLayer:
         self._table = table
         shapes = {s.name: s.shape[::-1] if s.name in layout.transposed else s.shape for s in spec.tensors}
         self.dtype = spec.tensors[0].dtype
+        self._tables: dict[tuple[str, ...], list[Pool]] = {}
         self._places = {s.name: Places(s, layout.experts, s.name in layout.transposed) for s in spec.tensors}
         self._columns = [shapes[name][0] for name in layout.up]
         self.F = shapes[layout.down[0]][1] if layout.down else sum(self._columns)
@@ -184,11 +188,13 @@ class TritonLayer:
             self._gate = gate if len(layout.up) == 1 else None
 
     def place(self, expert: int, tensors: ExpertTensors) -> None:
+        self._tables.clear()
         for name, tensor in tensors.items():
             self._places[name].place(expert, tensor)
             self.dtype = tensor.dtype
 
     def remove(self, expert: int) -> None:
+        self._tables.clear()
         for places in self._places.values():
             places.remove(expert)
 
@@ -218,14 +224,13 @@ class TritonLayer:
         )
 
     def up(self, call: TritonCall, experts: Sequence[int] | None) -> None:
-        wave_E = self._wave(call, self.layout.up, experts)
         out_RN = call.h_RF if self._gate is not None else call.up_RN
         first = 0
+        gate = self._gate or Gate()
         for name, columns in zip(self.layout.up, self._columns, strict=True):
-            gate = self._gate or Gate()
             width = columns // 2 if gate.gated else columns
-            projection = self._projection(name, self.layout.up_bias, gate)
-            self._product(out_RN[:, first : first + width], call.x, call, projection, wave_E, up=True)
+            projection = self._projection(name, self.layout.up_bias, gate, experts)
+            self._product(out_RN[:, first : first + width], call.x, call, projection, up=True)
             first += width
 
     def activate(self, call: TritonCall) -> None:
@@ -236,9 +241,8 @@ class TritonLayer:
     def down(self, call: TritonCall, experts: Sequence[int] | None) -> None:
         if not self.layout.down:
             return
-        wave_E = self._wave(call, self.layout.down, experts)
-        projection = self._projection(self.layout.down[0], self.layout.down_bias, Gate())
-        self._product(call.y_RD, call.h_RF, call, projection, wave_E, up=False)
+        projection = self._projection(self.layout.down[0], self.layout.down_bias, Gate(), experts)
+        self._product(call.y_RD, call.h_RF, call, projection, up=False)
 
     def combine(self, call: TritonCall) -> Tensor:
         y_RD = call.y_RD if self.layout.down else call.h_RF
@@ -283,23 +287,31 @@ class TritonLayer:
             self._table = table_for(target_of(x.device))
         return self._table
 
-    def _projection(self, weight: str, bias: str | None, gate: Gate) -> Projection:
-        pool = self._places[bias].pool if bias else None
-        return Projection(weight=self._places[weight].pool, bias=pool, gate=gate)
+    def _projection(self, weight: str, bias: str | None, gate: Gate, experts: Sequence[int] | None) -> Projection:
+        """Return a product of these experts (None: of all). The others have no slots in it, and so are left out."""
+        names = (weight, bias) if bias else (weight,)
+        pools = self._pools(names) if experts is None else self._sent(names, experts)
+        return Projection(weight=pools[0], bias=pools[1] if bias else None, gate=gate)
 
-    def _wave(self, call: TritonCall, names: Sequence[str], experts: Sequence[int] | None) -> Tensor | None:
-        """Return which experts are computed, [E]; None: all."""
-        for name in names:
-            self._places[name].check(experts)
-        if experts is None:
-            return None
-        wave = torch.zeros(self.layout.experts, dtype=torch.int32)
-        wave[list(experts)] = 1
-        return wave.to(call.x.device, non_blocking=True)
+    def _pools(self, names: tuple[str, ...]) -> list[Pool]:
+        """Return where all experts lie; sent to the device once, until one is placed or removed."""
+        if names not in self._tables:
+            self._tables[names] = self._sent(names, None)
+        return self._tables[names]
 
-    def _product(
-        self, out: Tensor, x: Tensor, call: TritonCall, projection: Projection, wave_E: Tensor | None, up: bool
-    ) -> None:
+    def _sent(self, names: tuple[str, ...], experts: Sequence[int] | None) -> list[Pool]:
+        """Send the slots of these experts to the device, all tables as one."""
+        places = [self._places[name] for name in names]
+        E = self.layout.experts
+        size = E + E % 2  # tables begin at multiples of 16 bytes, or kernels would be compiled for others as well
+        numbers = array("q")
+        for each in places:
+            numbers += each.slots(experts) + array("q", [-1]) * (size - E)
+        # Pageable memory: the call has taken its own copy of it when it returns.
+        sent = torch.frombuffer(numbers, dtype=torch.int64).to(places[0].data.device, non_blocking=True)
+        return [Pool(data=each.data, slot_of_E=sent[i * size : i * size + E]) for i, each in enumerate(places)]
+
+    def _product(self, out: Tensor, x: Tensor, call: TritonCall, projection: Projection, up: bool) -> None:
         whole.product(
             out,
             x,
@@ -307,7 +319,7 @@ class TritonLayer:
             call.weights_TA,
             call.schedule,
             projection,
-            wave_E,
+            None,
             up=up,
             weighted=not up and self._is_weighted,
             call=call.shape,

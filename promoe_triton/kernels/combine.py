@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from promoe_triton.kernels.checks import check_device, check_matrix, check_routing, expect, expect_type
+from promoe_triton.kernels.launching import launch
 from promoe_triton.kernels.rounding import rounded
-from promoe_triton.kernels.tiles import CONTRACTION
+from promoe_triton.kernels.tiles import CONTRACTION, power_of_2
 
 
 @triton.jit(do_not_specialize_on_alignment=["row_ptr"])
@@ -93,8 +94,8 @@ def combine(
     y_TD = x_TD.new_empty((T, D))
     if T == 0:
         return y_TD
-    block_D = min(triton.next_power_of_2(D), 1024)
-    combine_kernel[(T * triton.cdiv(D, block_D),)](
+    block_D = min(power_of_2(D), 1024)
+    args = (
         y_TD,
         y_TD.stride(0),
         out_RD,
@@ -104,14 +105,17 @@ def combine(
         row_of_R if row_of_R is not None else ids_TA,
         ids_TA,
         weights_TA,
-        A=A,
-        D=D,
-        E=experts,
-        IDENTITIES=identities,
-        IS_WEIGHTED=weighted,
-        HAS_ORDER=row_of_R is not None,
-        BLOCK_D=block_D,
-        num_warps=4,
-        **CONTRACTION,
     )
+    options = {
+        "A": A,
+        "D": D,
+        "E": experts,
+        "IDENTITIES": identities,
+        "IS_WEIGHTED": weighted,
+        "HAS_ORDER": row_of_R is not None,
+        "BLOCK_D": block_D,
+        "num_warps": 4,
+        **CONTRACTION,
+    }
+    launch(combine_kernel, T * -(-D // block_D), args, options)
     return y_TD

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from promoe_triton.kernels.activation import activate_gated, activate_one
 from promoe_triton.kernels.checks import check_grouped
+from promoe_triton.kernels.launching import launch
 from promoe_triton.kernels.pool import Projection, begin_of_tile, is_due, is_own, rows_of_tile, slot_base
 from promoe_triton.kernels.rounding import operand, rounded
 from promoe_triton.kernels.schedule import PACKED, Schedule
@@ -264,11 +265,27 @@ def grouped_product(
     The schedule's blocks have at most tile.rows rows.
     """
     check_grouped(out_RN, x_MK, schedule, weights_TA, projection, wave_E, gather=gather, rows=tile.rows)
+    launch_grouped(out_RN, x_MK, schedule, weights_TA, projection, wave_E, gather=gather, weighted=weighted, tile=tile)
+
+
+def launch_grouped(
+    out_RN: Tensor,
+    x_MK: Tensor,
+    schedule: Schedule,
+    weights_TA: Tensor,
+    projection: Projection,
+    wave_E: Tensor | None,
+    *,
+    gather: bool,
+    weighted: bool,
+    tile: Tile,
+) -> None:
+    """See `grouped_product`; of arguments that are known to be right."""
     if schedule.R == 0:
         return
     weight, bias, scale = projection.weight, projection.bias or projection.weight, projection.scale or projection.weight
-    gate = projection.gate
-    grouped_kernel[(schedule.B * triton.cdiv(projection.N, tile.columns),)](
+    gate, N = projection.gate, projection.N
+    args = (
         out_RN,
         out_RN.stride(0),
         x_MK,
@@ -289,19 +306,22 @@ def grouped_product(
         gate.alpha,
         gate.limit,
         schedule.B,
-        DIVIDE=weights_TA.shape[1] if gather else 0,
-        N=projection.N,
-        K=projection.K,
-        ACTIVATION=gate.activation,
-        IS_GATED=gate.gated,
-        IS_INTERLEAVED=gate.interleaved,
-        IS_WEIGHTED=weighted,
-        HAS_WAVE=wave_E is not None,
-        HAS_BIAS=projection.bias is not None,
-        HAS_SCALE=projection.scale is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        BLOCK_K=tile.depth,
-        GROUP=GROUP,
-        **tile.options,
     )
+    options = {
+        "DIVIDE": weights_TA.shape[1] if gather else 0,
+        "N": N,
+        "K": projection.K,
+        "ACTIVATION": gate.activation,
+        "IS_GATED": gate.gated,
+        "IS_INTERLEAVED": gate.interleaved,
+        "IS_WEIGHTED": weighted,
+        "HAS_WAVE": wave_E is not None,
+        "HAS_BIAS": projection.bias is not None,
+        "HAS_SCALE": projection.scale is not None,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "GROUP": GROUP,
+        **tile.options,
+    }
+    launch(grouped_kernel, schedule.B * -(-N // tile.columns), args, options)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from promoe_triton.kernels.activation import activate_gated, activate_one
 from promoe_triton.kernels.checks import check_rows
+from promoe_triton.kernels.launching import launch
 from promoe_triton.kernels.pool import Projection, begin_of_tile, is_due, is_own, rows_of_tile, slot_base
 from promoe_triton.kernels.rounding import rounded
 from promoe_triton.kernels.tiles import Tile
@@ -160,12 +161,27 @@ def rows_product(
     x_MK: one row for each token, or one for each pair. weighted: multiply with the routing weights.
     """
     check_rows(out_RN, x_MK, ids_TA, weights_TA, projection, wave_E)
+    launch_rows(out_RN, x_MK, ids_TA, weights_TA, projection, wave_E, weighted=weighted, tile=tile)
+
+
+def launch_rows(
+    out_RN: Tensor,
+    x_MK: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    projection: Projection,
+    wave_E: Tensor | None,
+    *,
+    weighted: bool,
+    tile: Tile,
+) -> None:
+    """See `rows_product`; of arguments that are known to be right."""
     R = ids_TA.numel()
     if R == 0:
         return
     weight, bias, scale = projection.weight, projection.bias or projection.weight, projection.scale or projection.weight
-    gate = projection.gate
-    rows_kernel[(R * triton.cdiv(projection.N, tile.columns),)](
+    gate, N = projection.gate, projection.N
+    args = (
         out_RN,
         out_RN.stride(0),
         x_MK,
@@ -181,18 +197,21 @@ def rows_product(
         scale.data.stride(0),
         gate.alpha,
         gate.limit,
-        DIVIDE=R // x_MK.shape[0],
-        E=projection.experts,
-        N=projection.N,
-        K=projection.K,
-        ACTIVATION=gate.activation,
-        IS_GATED=gate.gated,
-        IS_INTERLEAVED=gate.interleaved,
-        IS_WEIGHTED=weighted,
-        HAS_WAVE=wave_E is not None,
-        HAS_BIAS=projection.bias is not None,
-        HAS_SCALE=projection.scale is not None,
-        BLOCK_N=tile.columns,
-        BLOCK_K=tile.depth,
-        **tile.options,
     )
+    options = {
+        "DIVIDE": R // x_MK.shape[0],
+        "E": projection.experts,
+        "N": N,
+        "K": projection.K,
+        "ACTIVATION": gate.activation,
+        "IS_GATED": gate.gated,
+        "IS_INTERLEAVED": gate.interleaved,
+        "IS_WEIGHTED": weighted,
+        "HAS_WAVE": wave_E is not None,
+        "HAS_BIAS": projection.bias is not None,
+        "HAS_SCALE": projection.scale is not None,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        **tile.options,
+    }
+    launch(rows_kernel, R * -(-N // tile.columns), args, options)

@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from promoe_triton.kernels.checks import check_device, check_routing, expect, expect_type
-from promoe_triton.kernels.tiles import CONTRACTION
+from promoe_triton.kernels.launching import launch
+from promoe_triton.kernels.tiles import CONTRACTION, power_of_2
 
 SMALL = 128
 CHUNK = 128
@@ -249,32 +250,18 @@ def schedule(
     blocks = result.expert_of_B, result.first_of_B, result.end_of_B, result.blocks
     known = {"E": E, "HAS_RANK": rank_E is not None, "BLOCK": block}
     if small >= R:
-        size = triton.next_power_of_2(max(R, 16))
-        schedule_small_kernel[(1,)](
-            *rows,
-            *blocks,
-            ids_TA,
-            weights_TA,
-            rank,
-            R,
-            **known,
-            SIZE=size,
-            STEP=min(size, 64),
-            num_warps=16,
-            **CONTRACTION,
-        )
+        size = power_of_2(max(R, 16))
+        one = {**known, "SIZE": size, "STEP": min(size, 64), "num_warps": 16, **CONTRACTION}
+        launch(schedule_small_kernel, 1, (*rows, *blocks, ids_TA, weights_TA, rank, R), one)
         return result
-    C = triton.cdiv(R, CHUNK)
+    C = -(-R // CHUNK)
     count_EC = ids_TA.new_empty((E, C), dtype=torch.int32)
     total_E = ids_TA.new_zeros(E, dtype=torch.int32)
-    block_E = min(triton.next_power_of_2(E), 64)
-    block_C = min(triton.next_power_of_2(C), 1024)
-    count_kernel[(C,)](
-        count_EC, total_E, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, BLOCK_E=block_E, num_warps=8, **CONTRACTION
-    )
-    size_E = triton.next_power_of_2(E)
-    begin_kernel[(E,)](
-        count_EC, total_E, *blocks, rank, C, **known, SIZE_E=size_E, BLOCK_C=block_C, num_warps=4, **CONTRACTION
-    )
-    scatter_kernel[(C,)](*rows, count_EC, ids_TA, weights_TA, R, C, E=E, CHUNK=CHUNK, num_warps=16, **CONTRACTION)
+    block_E, block_C = min(power_of_2(E), 64), min(power_of_2(C), 1024)
+    count = {"E": E, "CHUNK": CHUNK, "BLOCK_E": block_E, "num_warps": 8, **CONTRACTION}
+    launch(count_kernel, C, (count_EC, total_E, ids_TA, weights_TA, R, C), count)
+    begin = {**known, "SIZE_E": power_of_2(E), "BLOCK_C": block_C, "num_warps": 4, **CONTRACTION}
+    launch(begin_kernel, E, (count_EC, total_E, *blocks, rank, C), begin)
+    scatter = {"E": E, "CHUNK": CHUNK, "num_warps": 16, **CONTRACTION}
+    launch(scatter_kernel, C, (*rows, count_EC, ids_TA, weights_TA, R, C), scatter)
     return result

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 TABLE = Path(__file__).with_name("tiles.json")
 
@@ -32,6 +31,11 @@ SMALL_SUMS = 128
 
 CONTRACTION = {"enable_fp_fusion": True}
 """Contraction of products and sums decides bits, and the compiler's default is not the same in all versions."""
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of two that is not below n, at least 1. (Triton's own takes microseconds.)"""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +88,7 @@ class Shape:
     small: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TileTable:
     """The tiles of one kind of device."""
 
@@ -93,37 +97,48 @@ class TileTable:
 
     def rows(self, call: Call, shape: Shape) -> Tile:
         """Return the tile of `rows_product`."""
-        entry = self._entry("rows_transposed" if shape.transposed else "rows", call)
-        # Two steps at least: with a single one, ptxas for sm_100 spills where registers are left.
-        depth = min(entry["depth"], max(triton.next_power_of_2(shape.K) // 2, 16))
-        depth = _depth(depth, shape.K, least=16)
-        columns = entry["gated_columns" if shape.gated else "columns"]
-        return Tile(rows=1, columns=columns, depth=depth, warps=entry["warps"], stages=entry["stages"])
+        return _rows(self, call, shape)
 
     def block(self, call: Call) -> int:
         """Return how many rows the blocks of a schedule have: about twice an expert's share, as far as tiles go."""
-        sizes = sorted(map(int, self._entry("grouped", call)))
-        share = triton.next_power_of_2(max(2 * call.T * call.A // max(call.E, 1), 1))
+        sizes = sorted(map(int, self.entry("grouped", call)))
+        share = power_of_2(max(2 * call.T * call.A // max(call.E, 1), 1))
         return max((size for size in sizes if size <= share), default=sizes[0])
 
     def grouped(self, call: Call, shape: Shape) -> Tile:
         """Return the tile of `grouped_product`."""
-        rows = self.block(call)
-        entry = self._entry("grouped", call)[str(rows)]
-        columns = entry["gated_columns" if shape.gated else "columns"]
-        if shape.small:
-            columns = min(columns, SMALL_SUMS // 2 if shape.gated else SMALL_SUMS)
-        columns = min(columns, max(triton.next_power_of_2(shape.N), 16))
-        depth = _depth(entry["depth"], shape.K, least=16)
-        return Tile(rows=rows, columns=columns, depth=depth, warps=entry["warps"], stages=entry["stages"])
+        return _grouped(self, call, shape)
 
-    def _entry(self, form: str, call: Call) -> Any:
+    def entry(self, form: str, call: Call) -> Any:
+        """Return what the table says of one form of a product."""
         return self.entries["32" if call.dtype == torch.float32 else "16"][form]
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(table: TileTable, call: Call, shape: Shape) -> Tile:
+    entry = table.entry("rows_transposed" if shape.transposed else "rows", call)
+    # Two steps at least: with a single one, ptxas for sm_100 spills where registers are left.
+    depth = min(entry["depth"], max(power_of_2(shape.K) // 2, 16))
+    depth = _depth(depth, shape.K, least=16)
+    columns = entry["gated_columns" if shape.gated else "columns"]
+    return Tile(rows=1, columns=columns, depth=depth, warps=entry["warps"], stages=entry["stages"])
+
+
+@functools.lru_cache(maxsize=1024)
+def _grouped(table: TileTable, call: Call, shape: Shape) -> Tile:
+    rows = table.block(call)
+    entry = table.entry("grouped", call)[str(rows)]
+    columns = entry["gated_columns" if shape.gated else "columns"]
+    if shape.small:
+        columns = min(columns, SMALL_SUMS // 2 if shape.gated else SMALL_SUMS)
+    columns = min(columns, max(power_of_2(shape.N), 16))
+    depth = _depth(entry["depth"], shape.K, least=16)
+    return Tile(rows=rows, columns=columns, depth=depth, warps=entry["warps"], stages=entry["stages"])
 
 
 def _depth(depth: int, K: int, least: int) -> int:
     """Return a step that divides K, if one of two will; no longer than K needs."""
-    depth = min(depth, max(triton.next_power_of_2(K), least))
+    depth = min(depth, max(power_of_2(K), least))
     half = depth // 2
     return half if K % depth and not K % half and half >= least else depth
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from promoe_triton.kernels.checks import check_device, check_routing
 from promoe_triton.kernels.combine import combine
-from promoe_triton.kernels.grouped import grouped_product
+from promoe_triton.kernels.grouped import launch_grouped
 from promoe_triton.kernels.pool import Projection
-from promoe_triton.kernels.rows import rows_product
+from promoe_triton.kernels.rows import launch_rows
 from promoe_triton.kernels.schedule import Schedule, schedule
 from promoe_triton.kernels.tiles import Call, Shape, TileTable
 
@@ -20,6 +21,8 @@ def plan(
 ) -> Schedule | None:
     """Group the rows of a call by expert (in the order of `rank_E`); None where they are computed one by one."""
     if call.by_rows:
+        check_routing(ids_TA, weights_TA)
+        check_device(**{"expert ids": ids_TA, "routing weights": weights_TA})
         return None
     return schedule(ids_TA, weights_TA, rank_E, experts=call.E, block=table.block(call))
 
@@ -38,16 +41,19 @@ def product(
     call: Call,
     table: TileTable,
 ) -> None:
-    """Compute a product of the experts of one wave (None: of all). rows: as `plan` has grouped them."""
+    """Compute a product of the experts of one wave (None: of all). rows: as `plan` has grouped them.
+
+    Only `plan` has looked at what it was given: that all else is right is up to the caller.
+    """
     gated = projection.gate.gated
     small = projection.weight.data.dtype.itemsize == 1
     shape = Shape(N=projection.N, K=projection.K, gated=gated, transposed=projection.is_transposed, small=small)
     if rows is None:
         tile = table.rows(call, shape)
-        rows_product(out, x, ids_TA, weights_TA, projection, wave_E, weighted=weighted, tile=tile)
+        launch_rows(out, x, ids_TA, weights_TA, projection, wave_E, weighted=weighted, tile=tile)
     else:
         tile = table.grouped(call, shape)
-        grouped_product(out, x, rows, weights_TA, projection, wave_E, gather=up, weighted=weighted, tile=tile)
+        launch_grouped(out, x, rows, weights_TA, projection, wave_E, gather=up, weighted=weighted, tile=tile)
 
 
 def layer(

@@ -42,9 +42,7 @@ class DeviceFiller:
         transfer = chunk.transfer
         memory, lane = self._memory_of_layer[transfer.key.layer], self._lane()
         slot = memory.slot(transfer.slot)
-        for event in (self._everything, self._fences.get((id(memory), transfer.slot))):
-            if event is not None:
-                lane.after(event)
+        self._await_readers(lane, self._fences.get((id(memory), transfer.slot)))
         if self._source.is_whole(transfer):
             read = self._source.converted(transfer, memory.slot_bytes)
             lane.copy(slot, read.data)
@@ -78,6 +76,15 @@ class DeviceFiller:
         memory = self._memory_of_layer[layer]
         for slot in slots:
             self._fences[id(memory), slot] = event
+
+    def _await_readers(self, lane: Lane, readers: Any) -> None:
+        """Let a lane wait for whoever reads any slot, unless it has waited for that, and for these."""
+        everything = self._everything
+        if everything is not getattr(self._here, "waited", None):
+            lane.after(everything)
+            self._here.waited = everything
+        if readers is not None:
+            lane.after(readers)
 
     def _lane(self) -> Lane:
         lane: Lane | None = getattr(self._here, "lane", None)

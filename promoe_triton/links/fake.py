@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
-from promoe_triton.links.filling import Filler
+from promoe_triton.links.filling import Filler, ended
 from promoe_triton.links.meter import Meter
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
 from promoe_triton.timeline import Timeline
@@ -132,19 +132,16 @@ class FakeLink:
         self._begin()
         return result
 
-    def wait(self, transfers: Sequence[Transfer]) -> Transfer:
-        while (arrived := self.arrived(transfers)) is None:
+    def wait(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        while not (arrived := self.arrived(transfers)):
             if not self._landings:
                 raise PromoeError(f"nothing is in flight that {transfers[0].name} could come with")
             self._land()
         return arrived
 
-    def arrived(self, transfers: Sequence[Transfer]) -> Transfer | None:
+    def arrived(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         assert self._feed is not None
-        arrived = next(filter(self._feed.ended, transfers), None)
-        if arrived is not None and (error := self._feed.error(arrived)) is not None:
-            raise PromoeError(f"{arrived.name} could not be read: {error}") from error
-        return arrived
+        return ended(self._feed, transfers)
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         return self._arrivals.pop(key, None)

@@ -6,11 +6,21 @@ import bisect
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from promoe_triton.errors import PromoeError
 from promoe_triton.memory import SlotMemory, Slots
-from promoe_triton.protocols import Chunk, Cuts, ExpertTensors, Transfer
+from promoe_triton.protocols import Chunk, Cuts, ExpertTensors, Feed, Transfer
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
 from promoe_triton.stores.image import SlotImage
 from promoe_triton.stores.reader import FileReader
+
+
+def ended(feed: Feed, transfers: Sequence[Transfer]) -> list[Transfer]:
+    """Return those of these transfers that have arrived. Raises PromoeError where one of them has failed."""
+    arrived = list(filter(feed.ended, transfers))
+    for transfer in arrived:
+        if (error := feed.error(transfer)) is not None:
+            raise PromoeError(f"{transfer.name} could not be read: {error}") from error
+    return arrived
 
 
 class Filler(Protocol):

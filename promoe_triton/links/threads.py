@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
-from promoe_triton.links.filling import Filler
+from promoe_triton.links.filling import Filler, ended
 from promoe_triton.links.meter import Meter
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
 from promoe_triton.timeline import Timeline
@@ -111,11 +111,11 @@ class ThreadedLink:
                 shared.work.notify(shared.feed.backlog)
         return result
 
-    def wait(self, transfers: Sequence[Transfer]) -> Transfer:
+    def wait(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         shared = self._shared
         with shared.settled:
             moved, since = shared.bytes_moved, time.monotonic()
-            while (arrived := self.arrived(transfers)) is None:
+            while not (arrived := self.arrived(transfers)):
                 shared.settled.wait(timeout=min(self._timeout, 1.0))
                 if shared.bytes_moved != moved:
                     moved, since = shared.bytes_moved, time.monotonic()
@@ -126,14 +126,13 @@ class ThreadedLink:
                     )
             return arrived
 
-    def arrived(self, transfers: Sequence[Transfer]) -> Transfer | None:
+    def arrived(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         with self._shared.settled:
             feed = self._shared.feed
             assert feed is not None
-            arrived = next(filter(feed.ended, transfers), None)
-            if arrived is not None and (error := feed.error(arrived)) is not None:
-                raise PromoeError(f"{arrived.name} could not be read: {error}") from error
-            return arrived
+            # Not returned from here: a signal right after a call whose result is returned would leave the lock held.
+            found = ended(feed, transfers)
+        return found
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         return self._shared.arrivals.pop(key, None)

@@ -54,9 +54,8 @@ class HostStore:
             for layer in self._tensors
         )
         self._nbytes = tuple({tensor.name: tensor.nbytes for tensor in spec.tensors} for spec in specs)
-        self._images = {
-            (spec, part): _image(spec).of(part) for spec in set(specs) for part in Part.__members__.values()
-        }
+        images = {spec: _images(spec) for spec in set(specs)}
+        self._images = tuple(images[spec] for spec in specs)
 
     @property
     def specs(self) -> Sequence[ExpertSpec]:
@@ -85,11 +84,11 @@ class HostStore:
 
     def image(self, key: ExpertKey, part: Part = Part.WHOLE) -> SlotImage:
         """Lay out an expert in a slot, aligned; it has an extent for each of its tensors."""
-        return self._images[self._specs[key.layer], part]
+        return self._images[key.layer][part]
 
     def slot_bytes(self, layer: int, experts: int) -> int:
         """Return the room that an expert of a layer needs."""
-        return self._images[self._specs[layer], Part.WHOLE].slot_bytes
+        return self._images[layer][Part.WHOLE].slot_bytes
 
     def position(self, key: ExpertKey) -> tuple[int, int]:
         """Return where an expert lies among the others."""
@@ -99,5 +98,7 @@ class HostStore:
         return "the host's memory"
 
 
-def _image(spec: ExpertSpec) -> SlotImage:
-    return slot_image(spec, {t.name: [Piece(nbytes=t.nbytes)] for t in spec.tensors}, direct=False)
+def _images(spec: ExpertSpec) -> dict[Part, SlotImage]:
+    """Return how an expert, and each part of it, lies in a slot."""
+    whole = slot_image(spec, {t.name: [Piece(nbytes=t.nbytes)] for t in spec.tensors}, direct=False)
+    return {part: whole.of(part) for part in Part.__members__.values()}

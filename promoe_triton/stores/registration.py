@@ -28,9 +28,9 @@ class Stretch(NamedTuple):
 class Registration:
     """The whole pages of tensors. The first to take it registers them, the last to give it back undoes that.
 
-    A page that a tensor has in part is left alone: something else may lie there, and a driver refuses every copy, whoever
-    asks for it, of memory that is registered in part. It refuses to register a page twice as well, and copies of a model
-    share their experts' memory. Any thread may ask.
+    A page that a tensor has in part is left alone: something else may lie there, and a driver refuses every copy of
+    memory that is registered in part, whoever asks for it. It refuses to register a page twice as well, and copies of
+    a model share their experts' memory. Any thread may ask.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
