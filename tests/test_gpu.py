@@ -12,7 +12,7 @@ import torch
 from kernel_cases import DEVICE, KINDS, draw, make_layer, reference, routed, run
 from torch import Tensor
 from transformers import CompileConfig
-from zoo import FAMILIES, build
+from zoo import FAMILIES, build, skip_without_static_cache
 
 import promoe_triton
 from promoe_triton import PromoeError
@@ -157,6 +157,7 @@ class TestModels:
         """None: as generate compiles by itself."""
         stock = build(name).to(DEVICE)
         inputs = given(name, stock, 7)
+        skip_without_static_cache(stock, inputs)
         want = stock.generate(**inputs, max_new_tokens=6, do_sample=False)
         model = promoe_triton.patch(build(name), device="cuda", slots=slots)
         options: Any = {"cache_implementation": "static"}

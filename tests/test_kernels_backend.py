@@ -17,7 +17,7 @@ import torch
 from kernel_cases import DEVICE
 from torch import Tensor
 from transformers import CompileConfig
-from zoo import FAMILIES, build, moe_experts
+from zoo import FAMILIES, build, moe_experts, skip_without_static_cache
 
 import promoe_triton
 from promoe_triton import PromoeError
@@ -143,6 +143,7 @@ def test_compiled_generation(name: str, slots: int | None, tmp_path: Path) -> No
     torch._dynamo.reset()
     stock = build(name).to(DEVICE)
     inputs = given(stock, name, 5)
+    skip_without_static_cache(stock, inputs)
     want = stock.generate(**inputs, max_new_tokens=4, do_sample=False)
     model = patched(name, slots=slots, spool_dir=tmp_path)
     settings = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
