@@ -17,9 +17,9 @@ slower disk, for which fewer still would be let."""
 DISK_LATENCY = 4e-3
 """Seconds of speculation in flight where experts come from a disk: fewer cost bandwidth."""
 
-BUS_LATENCY = 1e-4
+BUS_LATENCY = 2.5e-4
 """Seconds of it from the host's memory to a device: copies that were issued are done in their order, so that an urgent
-one waits for all of them; 0.1 ms is half an expert of 9.4 MB over PCIe 5.0."""
+one waits for all of them, and nothing follows before a layer looks again."""
 
 UNMEASURED = 1 << 20
 """Bytes of a speculative chunk before the link's bandwidth is known."""
@@ -51,14 +51,17 @@ class Chunking:
         """Whether an urgent copy may pass another between two of its chunks."""
         return self.name != "expert"
 
+    def in_flight(self, bandwidth: float) -> int:
+        """Return how many bytes of speculation may be in flight (``adaptive``)."""
+        return max(int(bandwidth * self.latency), SHORTEST) if bandwidth else UNMEASURED
+
     def budgets(self, bandwidth: float, lanes: int, speculating: int) -> Budgets:
         """Return how long the next chunk may be on a link of so many lanes, so many of them with speculation."""
         if self.name == "tensor":
             return Budgets(sys.maxsize, sys.maxsize)
         if self.name != "adaptive":
             return Budgets(self.longest, self.longest)
-        longest = self.longest
-        in_flight = max(int(bandwidth * self.latency), SHORTEST) if bandwidth else UNMEASURED
+        longest, in_flight = self.longest, self.in_flight(bandwidth)
         most = min(-(-in_flight // longest), max(lanes - 1, 1))
         if speculating >= most:
             return Budgets(longest, 0)

@@ -80,14 +80,14 @@ class Config:
     spool_dir: folder for the spool; None takes the system's temporary folder.
     io: ``"direct"`` reads past the page cache, ``"buffered"`` through it; ``"auto"`` is buffered when all
         experts fit in available memory beside the slots.
-    depth: copies in flight, each on its own thread (and, to a GPU, its own stream).
+    depth: copies in flight from a disk, each on its own thread (and, to a GPU, its own stream).
     chunking: how copies are cut. ``"adaptive"``: as long as `chunk` where a layer waits for them, and of what is
         copied ahead no more at a time than takes `latency` seconds, so that an urgent copy can overtake;
         ``"fixed"``: `chunk` bytes; ``"tensor"``: one tensor; ``"expert"``: `chunk` bytes, but nothing overtakes an
         expert that has begun.
     chunk: the most bytes of one copy, as an int or a size with its unit; a multiple of 4096.
     latency: seconds that an urgent copy may wait for what is in flight ahead of need. None: as suits the link, 4 ms
-        where a disk is in the way, 0.1 ms from the host's memory to a GPU.
+        where a disk is in the way, 0.25 ms from the host's memory to a GPU.
     bandwidth: a limit on bytes per second from the store, as a number or a size with its unit (``"1.5GB/s"``), to
         see how a slower disk or bus would do; None: what there is.
     partition: ``"layer"`` gives each layer its own equal share of the slots, ``"global"`` lets layers compete;

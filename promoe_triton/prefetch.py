@@ -78,7 +78,7 @@ class Prefetcher:
 
         absent: `Core.absent` at that time.
         """
-        self._speculation.routed(layer, len(x_TD), now, self._runtime.counters.stall_seconds, absent)
+        self._speculation.routed(layer, len(x_TD), now, self._runtime.stall_seconds, absent)
         if expert_ids_TA is None or self._speculation.leaves_out(Place(layer, Seam.ROUTED), self._learns):
             return None
         if self._taps is not None:

@@ -254,6 +254,11 @@ class Link(Protocol):
         """Seconds in which any copy was in flight."""
         ...
 
+    @property
+    def waited_seconds(self) -> float:
+        """Seconds in which a device waited for copies before it computed, while the host went on."""
+        ...
+
     def record(self, timeline: Timeline | None) -> None:
         """Note every chunk in a timeline from now on; None: in none."""
         ...

@@ -316,6 +316,11 @@ class ModelRuntime:
         """Return the time by the link's clock."""
         return time.perf_counter() if self.link is None else self.link.now()
 
+    @property
+    def stall_seconds(self) -> float:
+        """Seconds that layers have waited for copies: the host, or the device by itself."""
+        return self.counters.stall_seconds + (self.link.waited_seconds if self.link else 0.0)
+
     def read(self, tensors: Sequence[Tensor]) -> list[list[int]]:
         """Return integer (or boolean) tensors as lists. On a device the host waits once for all of them, and counts."""
         self.counters.host_reads += bool(tensors) and not tensors[0].is_cpu
@@ -476,7 +481,7 @@ class ModelRuntime:
             misses=counters.misses,
             evictions=counters.evictions + (self.core.evictions if link else 0),
             bytes_read=link.bytes_moved if link else 0,
-            stall_seconds=counters.stall_seconds,
+            stall_seconds=self.stall_seconds,
             host_reads=counters.host_reads,
             predicted=self.prefetcher.predicted if self.prefetcher else 0,
             copied_ahead=tuple(Ahead.of([tally]) for tally in tallies),

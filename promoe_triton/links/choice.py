@@ -9,6 +9,7 @@ from promoe_triton.chunking import BUS_LATENCY, DISK_LATENCY
 from promoe_triton.config import Config
 from promoe_triton.links.device import DeviceFiller
 from promoe_triton.links.filling import Filler, SlotFiller
+from promoe_triton.links.issued import IssuedLink
 from promoe_triton.links.sources import DiskSource, HostSource
 from promoe_triton.links.streams import Streams
 from promoe_triton.links.threads import ThreadedLink
@@ -22,33 +23,49 @@ def make_link(
     config: Config, device: torch.device, streams: Streams, store: CheckpointStore | HostStore, budget: Budget
 ) -> Link:
     """Take memory for the slots, and start the link that fills them."""
-    return ThreadedLink(
-        _filler(config, device, streams, store, budget),
-        depth=config.depth,
-        chunking=config.cuts(DISK_LATENCY if isinstance(store, CheckpointStore) else BUS_LATENCY),
-        timeout=config.io_timeout,
-        limit=config.limit,
-    )
+    if isinstance(store, CheckpointStore):
+        filler: Filler = _from_files(config, device, streams, store, budget)
+        chunking = config.cuts(DISK_LATENCY)
+    else:
+        source = HostSource(store, streams)
+        filler = DeviceFiller(source, _on_device(device, store, budget), streams)
+        chunking = config.cuts(BUS_LATENCY)
+        if source.is_registered:
+            return IssuedLink(
+                filler,
+                streams,
+                depth=config.depth,
+                chunking=chunking,
+                timeout=config.io_timeout,
+                limit=config.limit,
+            )
+    return ThreadedLink(filler, depth=config.depth, chunking=chunking, timeout=config.io_timeout, limit=config.limit)
 
 
-def _filler(
-    config: Config, device: torch.device, streams: Streams, store: CheckpointStore | HostStore, budget: Budget
+def _from_files(
+    config: Config, device: torch.device, streams: Streams, store: CheckpointStore, budget: Budget
 ) -> Filler:
-    specs = store.specs
+    direct = direct_io(config, store, budget, device)
+    if device.type != "cpu":
+        return DeviceFiller(DiskSource(store, streams, direct), _on_device(device, store, budget), streams)
+    sizes = dict(zip(store.specs, budget.slot_bytes, strict=True))
+    memories = {spec: SlotMemory(n, sizes[spec]) for spec, n in _slots(store, budget).items()}
+    return SlotFiller(store, [memories[spec] for spec in store.specs], direct)
+
+
+def _on_device(device: torch.device, store: CheckpointStore | HostStore, budget: Budget) -> list[DeviceMemory]:
+    """Take memory for the slots of each layer on a device."""
+    sizes = dict(zip(store.specs, budget.slot_bytes, strict=True))
+    memories = {spec: DeviceMemory(n, sizes[spec], device) for spec, n in _slots(store, budget).items()}
+    return [memories[spec] for spec in store.specs]
+
+
+def _slots(store: CheckpointStore | HostStore, budget: Budget) -> dict[ExpertSpec, int]:
+    """Return how many slots there are for experts alike."""
     slots: dict[ExpertSpec, int] = {}
-    for spec, share in zip(specs, budget.slots_of_layer, strict=True):
+    for spec, share in zip(store.specs, budget.slots_of_layer, strict=True):
         slots[spec] = slots.get(spec, 0) + share
-    sizes = dict(zip(specs, budget.slot_bytes, strict=True))
-    if isinstance(store, CheckpointStore) and device.type == "cpu":
-        places = {spec: SlotMemory(n, sizes[spec]) for spec, n in slots.items()}
-        return SlotFiller(store, [places[spec] for spec in specs], direct_io(config, store, budget, device))
-    memories = {spec: DeviceMemory(n, sizes[spec], device) for spec, n in slots.items()}
-    source = (
-        DiskSource(store, streams, direct_io(config, store, budget, device))
-        if isinstance(store, CheckpointStore)
-        else HostSource(store, streams)
-    )
-    return DeviceFiller(source, [memories[spec] for spec in specs], streams)
+    return slots
 
 
 def direct_io(config: Config, store: CheckpointStore, budget: Budget, device: torch.device) -> bool:

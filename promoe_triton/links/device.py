@@ -1,6 +1,6 @@
-"""Host memory or disk to slots in a device's memory: each thread on a stream of its own.
+"""Host memory or disk to slots in a device's memory, on streams beside the one that computes.
 
-A thread returns from a copy when its bytes are in the slot, so what a layer computes after an arrival sees them. What
+A thread that copies returns when its bytes are in the slot, so what a layer computes after an arrival sees them. What
 it computed before may still run when its slots are given to others: `fence` notes an event after that work, and every
 copy into those slots waits for it on the device, not on the host.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from promoe_triton.links.filling import Views
 from promoe_triton.links.sources import Source
@@ -28,6 +30,7 @@ class DeviceFiller:
         self._streams = streams
         self._views = Views()
         self._fences: dict[tuple[int, int], Any] = {}
+        self._awaited: dict[int, Any] = {}  # by lane: what it waits for already
         # The allocator may have given the slots memory that work issued before still reads.
         self._everything = self._latest = streams.mark()
         self._here = threading.local()
@@ -39,29 +42,51 @@ class DeviceFiller:
         return self._source.describe(transfer)
 
     def copy(self, chunk: Chunk) -> int:
+        lane = self._lane()
+        self.await_readers(chunk, lane)
         transfer = chunk.transfer
-        memory, lane = self._memory_of_layer[transfer.key.layer], self._lane()
-        slot = memory.slot(transfer.slot)
-        self._await_readers(lane, self._fences.get((id(memory), transfer.slot)))
         if self._source.is_whole(transfer):
+            memory = self._memory_of_layer[transfer.key.layer]
             read = self._source.converted(transfer, memory.slot_bytes)
-            lane.copy(slot, read.data)
+            lane.copy(memory.slot(transfer.slot), read.data)
             lane.finish()
             return read.moved
+        for target, data in self._pieces(chunk):
+            lane.copy(target, data)
+            lane.finish()
+        return chunk.end - chunk.begin
+
+    def issue(self, chunk: Chunk, lane: Lane) -> None:
+        """Let a lane copy a chunk, of a source that gives it from where it rests. Returns before that is done."""
+        for target, data in self._pieces(chunk):
+            lane.copy(target, data)
+
+    def await_readers(self, chunk: Chunk, lane: Lane) -> None:
+        """Let a lane wait for whoever reads the slot of a chunk, or any slot."""
+        everything, readers = self._everything, self._fences.get(self._place(chunk.transfer))
+        if self._awaited.get(id(lane)) is not everything:
+            lane.after(everything)
+            self._awaited[id(lane)] = everything
+        if readers is not None:
+            lane.after(readers)
+
+    def _place(self, transfer: Transfer) -> tuple[int, int]:
+        return id(self._memory_of_layer[transfer.key.layer]), transfer.slot
+
+    def _pieces(self, chunk: Chunk) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield parts of a slot, and what is to be in each, valid until the next."""
+        transfer = chunk.transfer
+        slot = self._memory_of_layer[transfer.key.layer].slot(transfer.slot)
         # A chunk lies within one extent.
         image = self._source.image(transfer)
         index = bisect.bisect_right(image.ends, chunk.begin)
         extent = image.extents[index]
-        skip = chunk.begin - (image.ends[index] - extent.nbytes)
-        nbytes = chunk.end - chunk.begin
-        done = 0
-        while done < nbytes:
-            data = self._source.read(transfer, extent, index, skip + done, nbytes - done)
-            first = extent.slot_offset + skip + done
-            lane.copy(slot[first : first + len(data)], data)
-            lane.finish()
-            done += len(data)
-        return nbytes
+        skip, end = (at - (image.ends[index] - extent.nbytes) for at in (chunk.begin, chunk.end))
+        while skip < end:
+            data = self._source.read(transfer, extent, index, skip, end - skip)
+            first = extent.slot_offset + skip
+            yield slot[first : first + len(data)], data
+            skip += len(data)
 
     def finish(self, transfer: Transfer) -> ExpertTensors:
         self._source.check(transfer)
@@ -73,23 +98,15 @@ class DeviceFiller:
         if slots is None:
             self._everything = event
             return
-        memory = self._memory_of_layer[layer]
+        memory = id(self._memory_of_layer[layer])
         for slot in slots:
-            self._fences[id(memory), slot] = event
-
-    def _await_readers(self, lane: Lane, readers: Any) -> None:
-        """Let a lane wait for whoever reads any slot, unless it has waited for that, and for these."""
-        everything = self._everything
-        if everything is not getattr(self._here, "waited", None):
-            lane.after(everything)
-            self._here.waited = everything
-        if readers is not None:
-            lane.after(readers)
+            self._fences[memory, slot] = event
 
     def _lane(self) -> Lane:
         lane: Lane | None = getattr(self._here, "lane", None)
         if lane is None:
             lane = self._here.lane = self._streams.lane()
+            lane.own()
         return lane
 
     def close(self) -> None:

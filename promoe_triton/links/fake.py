@@ -104,6 +104,10 @@ class FakeLink:
     def busy_seconds(self) -> float:
         return self._meter.busy_seconds
 
+    @property
+    def waited_seconds(self) -> float:
+        return 0.0
+
     def record(self, timeline: Timeline | None) -> None:
         self._timeline = timeline
 

@@ -25,6 +25,10 @@ class Meter:
         """A copy has ended, and moved so many bytes."""
         self._in_flight -= 1
         taken, self._since = now - self._since, now
+        self.add(taken, nbytes)
+
+    def add(self, taken: float, nbytes: int) -> None:
+        """So many bytes have been moved in seconds that are not counted yet."""
         self.busy_seconds += taken
         self._seconds += taken
         self._bytes += nbytes

@@ -24,6 +24,9 @@ from promoe_triton.stores.registration import Release
 
 logger = logging.getLogger(__name__)
 
+STAGED = 1 << 16
+"""Bytes below which the driver takes a copy of memory that is not registered before it returns."""
+
 
 class Converted(NamedTuple):
     """An expert as it is to lie in its slot (uint8 [slot_bytes]), and the bytes that were read for it."""
@@ -131,7 +134,14 @@ class HostSource:
         stretch = self._registration.stretch(data.data_ptr())
         if (left := stretch.end - data.data_ptr()) < nbytes:
             data = data[: int(left)]
-        return data if stretch.reads else self._rings.room(len(data)).slot(0)[: len(data)].copy_(data)
+        if stretch.reads or len(data) < STAGED:
+            return data
+        return self._rings.room(len(data)).slot(0)[: len(data)].copy_(data)
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the device reads all by itself, but for what is staged."""
+        return not self._registration.refused
 
     def converted(self, transfer: Transfer, slot_bytes: int) -> Converted:
         raise AssertionError("what rests in memory needs no conversion")

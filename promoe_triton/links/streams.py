@@ -6,6 +6,7 @@ Only `links/` makes streams. The computing thread's stream is whatever is curren
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,11 @@ PORTABLE = 1
 
 
 class Lane(Protocol):
-    """A stream of copies, used by one thread."""
+    """A stream of copies, used by one thread at a time."""
+
+    def own(self) -> None:
+        """The calling thread gives the device nothing to do but this lane's copies, from now on."""
+        ...
 
     def after(self, event: Any) -> None:
         """Begin no further copy before the event has come."""
@@ -26,6 +31,14 @@ class Lane(Protocol):
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy bytes from the host, after all that this lane was told before. Returns before that is done."""
+        ...
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for so long, after all that this lane was told before."""
+        ...
+
+    def mark(self) -> Any:
+        """Return an event that comes when all is done that this lane was told before; its time is known then."""
         ...
 
     def finish(self) -> None:
@@ -36,8 +49,21 @@ class Lane(Protocol):
 class Streams(Protocol):
     """The streams of one device."""
 
-    def mark(self) -> Any:
-        """Return an event that comes when all work is done that the calling thread has issued so far."""
+    def mark(self, timed: bool = False) -> Any:
+        """Return an event that comes when all work is done that the calling thread has issued so far.
+
+        timed: its time is known then.
+        """
+        ...
+
+    def wait(self, event: Any) -> None:
+        """Let what the calling thread issues from now on begin after an event."""
+        ...
+
+    def has_come(self, event: Any) -> bool: ...
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Return the time between two events that have come, whose times are known."""
         ...
 
     def settle(self, event: Any) -> None:
@@ -53,7 +79,7 @@ class Streams(Protocol):
         ...
 
     def lane(self) -> Lane:
-        """Return a new lane for the calling thread, which gives the device nothing else to do."""
+        """Return a new lane."""
         ...
 
     def pin(self, address: int, nbytes: int) -> Release | None:
@@ -64,18 +90,43 @@ class Streams(Protocol):
         ...
 
 
-class CudaLane:
-    """A stream that is its thread's current one from now on: to change it for every copy takes as long as the copy."""
+CALIBRATION = 1 << 24
+"""Cycles for which a device does nothing, to see how long they take."""
 
+
+class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._here: contextlib.AbstractContextManager[Any] = torch.cuda.stream(self._stream)
+        self._cycles = 0.0  # in a second
+
+    def own(self) -> None:
+        # To change the thread's stream for every copy takes as long as the copy.
         torch.cuda.set_stream(self._stream)
+        self._here = contextlib.nullcontext()
 
     def after(self, event: Any) -> None:
         self._stream.wait_event(event)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source, non_blocking=True)
+        with self._here:
+            target.copy_(source, non_blocking=True)
+
+    def pause(self, seconds: float) -> None:
+        sleep: Any = torch.cuda._sleep  # a kernel that only counts cycles
+        with self._here:
+            if not self._cycles:
+                begin = self.mark()
+                sleep(CALIBRATION)
+                end = self.mark()
+                self.finish()
+                self._cycles = CALIBRATION / (begin.elapsed_time(end) / 1e3)
+            sleep(int(seconds * self._cycles))
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
 
     def finish(self) -> None:
         self._stream.synchronize()
@@ -85,10 +136,19 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def mark(self) -> Any:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    def mark(self, timed: bool = False) -> Any:
+        event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    def wait(self, event: Any) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def has_come(self, event: Any) -> bool:
+        return bool(event.query())
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end)) / 1e3
 
     def settle(self, event: Any) -> None:
         event.synchronize()
@@ -120,21 +180,39 @@ class CudaStreams:
 
 
 class HostLane:
+    def own(self) -> None:
+        pass
+
     def after(self, event: Any) -> None:
         pass
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
     def finish(self) -> None:
         pass
 
 
 class HostStreams:
-    """RAM as if it were a device's memory, for tests: everything is done when its call returns."""
+    """RAM as if it were a device's memory, for tests: everything is done when its call returns. An event is a time."""
 
-    def mark(self) -> Any:
-        return None
+    def mark(self, timed: bool = False) -> Any:
+        return time.perf_counter()
+
+    def wait(self, event: Any) -> None:
+        pass
+
+    def has_come(self, event: Any) -> bool:
+        return True
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        return float(end - begin)
 
     def settle(self, event: Any) -> None:
         pass

@@ -85,6 +85,10 @@ class ThreadedLink:
     def busy_seconds(self) -> float:
         return self._shared.meter.busy_seconds
 
+    @property
+    def waited_seconds(self) -> float:
+        return 0.0
+
     def record(self, timeline: Timeline | None) -> None:
         self._shared.timeline = timeline
 
@@ -132,7 +136,7 @@ class ThreadedLink:
             assert feed is not None
             # Not returned from here: a signal right after a call whose result is returned would leave the lock held.
             found = ended(feed, transfers)
-        return found
+        return found  # noqa: RET504
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         return self._shared.arrivals.pop(key, None)

@@ -1,0 +1,239 @@
+"""A link to a device without threads: whoever computes issues the copies to a stream, and goes on.
+
+A copy that was issued cannot be taken back, and those of a stream are done in their order. So what a layer waits for
+is issued at once, and of what is copied ahead no more than takes `latency` seconds; more follows whenever a layer tells
+anything. To the feed a chunk has landed when it has been issued: it is the device that waits for it, before it computes
+with it, and the host goes on meanwhile. (Threads that wait for copies take the interpreter from the one that computes,
+again and again.)
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from promoe_triton.chunking import Chunking
+from promoe_triton.errors import PromoeError
+from promoe_triton.links.device import DeviceFiller
+from promoe_triton.links.filling import ended
+from promoe_triton.links.meter import Meter
+from promoe_triton.links.streams import Lane, Streams
+from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
+from promoe_triton.timeline import Timeline
+
+TOGETHER = 4
+"""Experts that are computed together, at most, as they arrive: fewer launches, and the next ones come meanwhile."""
+
+LOOK = 1e-4
+"""Seconds between two looks at what is in flight, for who waits for all of it."""
+
+
+class _Copy(NamedTuple):
+    """A chunk in flight, and the events before it, when it is done, and after what holds it back beyond that."""
+
+    chunk: Chunk
+    begin: Any
+    copied: Any
+    end: Any
+
+
+class _Arrival(NamedTuple):
+    tensors: ExpertTensors
+    event: Any
+
+
+class IssuedLink:
+    """One lane of copies. depth: how many of them may be in flight ahead of need where chunks have a fixed size.
+
+    limit: bytes per second that it shall not exceed, as on a slower bus; None: what there is.
+    """
+
+    def __init__(
+        self,
+        filler: DeviceFiller,
+        streams: Streams,
+        *,
+        depth: int,
+        chunking: Chunking,
+        timeout: float,
+        limit: float | None = None,
+    ) -> None:
+        self._filler, self._streams, self._lane = filler, streams, streams.lane()
+        self._depth, self._chunking, self._timeout, self._limit = depth, chunking, timeout, limit
+        self._lock = threading.RLock()
+        self._feed: Feed | None = None
+        self._torn = self._closed = False
+        self._in_flight: deque[_Copy] = deque()
+        self._arrivals: dict[ExpertKey, _Arrival] = {}
+        self._waits: deque[tuple[Any, Any]] = deque()
+        self._waited = 0.0
+        self._meter, self._copying = Meter(), Meter()  # copying: without what holds copies back
+        self._bytes_moved = 0
+        self._timeline: Timeline | None = None
+        self._start: tuple[Any, float] = (None, 0.0)
+        self._finalize = weakref.finalize(self, _stop, self._lane, filler)
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    @property
+    def cuts(self) -> Callable[[Transfer], Cuts]:
+        return self._filler.cuts
+
+    @property
+    def bytes_moved(self) -> int:
+        self._look()
+        return self._bytes_moved
+
+    @property
+    def bandwidth(self) -> float:
+        return self._meter.rate
+
+    @property
+    def busy_seconds(self) -> float:
+        self._look()
+        return self._meter.busy_seconds
+
+    @property
+    def waited_seconds(self) -> float:
+        self._look()
+        return self._waited
+
+    def record(self, timeline: Timeline | None) -> None:
+        """See `Link.record`. The times are the device's; where they begin, host and device are at one."""
+        with self._lock:
+            self._look()
+            self._lane.finish()
+            self._start = self._lane.mark(), self.now()
+            self._timeline = timeline
+
+    def fence(self, layer: int, slots: Iterable[int] | None) -> None:
+        self._filler.fence(layer, slots)
+
+    def tell(self, event: Callable[[], R]) -> R:
+        if self._closed:
+            raise PromoeError("this model's slots were closed by unpatch; patch the model again")
+        with self._lock:
+            # An interruption in the middle of a change leaves a feed that nobody may ask any more.
+            self._torn = True
+            result = event()
+            self._issue()
+            self._torn = False
+        return result
+
+    def wait(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
+        deadline = time.monotonic() + self._timeout
+        while not (arrived := self.arrived(transfers)):
+            if time.monotonic() > deadline:
+                raise PromoeError(
+                    f"no byte arrived for {self._timeout:g} s while waiting for {transfers[0].name} from "
+                    f"{self._filler.source(transfers[0])}"
+                )
+            time.sleep(LOOK)
+            self.tell(lambda: None)
+        return arrived
+
+    def arrived(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
+        with self._lock:
+            assert self._feed is not None
+            # Not returned from here: a signal right after a call whose result is returned would leave the lock held.
+            found = ended(self._feed, transfers)
+        return found[:TOGETHER]
+
+    def arrival(self, key: ExpertKey) -> ExpertTensors | None:
+        arrival = self._arrivals.pop(key, None)
+        if arrival is None:
+            return None
+        streams = self._streams
+        if not streams.has_come(arrival.event):
+            begin = streams.mark(timed=True)
+            streams.wait(arrival.event)
+            self._waits.append((begin, streams.mark(timed=True)))
+        return arrival.tensors
+
+    def drain(self, patience: float) -> bool:
+        deadline = time.monotonic() + patience
+        with self._lock:
+            self._torn = True
+            self._look()
+            while self._in_flight:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                time.sleep(min(left, LOOK))
+                self._look()
+            self._feed = None
+            self._arrivals.clear()
+        return True
+
+    def restart(self, feed: Feed) -> None:
+        with self._lock:
+            assert not self._in_flight
+            self._feed, self._torn = feed, False
+
+    def close(self) -> None:
+        self._closed, self._feed = True, None
+        self._finalize()
+
+    def _issue(self) -> None:
+        """Give the lane what there is to copy, as far as it may be given."""
+        self._look()
+        feed, lane, filler = self._feed, self._lane, self._filler
+        while feed is not None and feed.backlog:
+            chunk = feed.next_chunk(*self._budgets())
+            if chunk is None:
+                return
+            transfer, nbytes = chunk.transfer, chunk.end - chunk.begin
+            try:
+                filler.await_readers(chunk, lane)
+                begin = lane.mark()
+                filler.issue(chunk, lane)
+                copied = end = lane.mark()
+                if self._limit is not None:
+                    alone = self._copying.rate
+                    lane.pause(max(nbytes / self._limit - (nbytes / alone if alone else 0.0), 0.0))
+                    end = lane.mark()
+                self._in_flight.append(_Copy(chunk, begin, copied, end))
+                if feed.landed(chunk):
+                    tensors = filler.finish(transfer)
+                    if feed.finished(transfer):
+                        self._arrivals[transfer.key] = _Arrival(tensors, end)
+            except Exception as error:
+                feed.failed(chunk, error)
+
+    def _budgets(self) -> tuple[int, int]:
+        """Return the most bytes of the next chunk: of what a layer waits for, and of what is copied ahead."""
+        chunking = self._chunking
+        if chunking.name != "adaptive":
+            longest = sys.maxsize if chunking.name == "tensor" else chunking.longest
+            return longest, longest if len(self._in_flight) < self._depth else 0
+        window = chunking.in_flight(self._meter.rate)
+        left = window - sum(copy.chunk.end - copy.chunk.begin for copy in self._in_flight)
+        return sys.maxsize, left if 2 * left >= window else 0
+
+    def _look(self) -> None:
+        """Take note of what the device has done meanwhile."""
+        streams, in_flight, waits = self._streams, self._in_flight, self._waits
+        with self._lock:
+            while in_flight and streams.has_come(in_flight[0].end):
+                chunk, begin, copied, end = in_flight.popleft()
+                nbytes = chunk.end - chunk.begin
+                self._bytes_moved += nbytes
+                self._meter.add(streams.seconds(begin, end), nbytes)
+                self._copying.add(streams.seconds(begin, copied), nbytes)
+                if self._timeline is not None:
+                    start, began = self._start
+                    times = [began + streams.seconds(start, event) for event in (begin, copied)]
+                    self._timeline.copied("copy", chunk, *times)
+            while waits and streams.has_come(waits[0][1]):
+                self._waited += streams.seconds(*waits.popleft())
+
+
+def _stop(lane: Lane, filler: DeviceFiller) -> None:
+    lane.finish()
+    filler.close()
