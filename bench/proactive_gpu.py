@@ -232,9 +232,9 @@ def measure_urgent(subject: InMemory, results: record.Results, rounds: tuple[int
     memory = DeviceMemory(len(used) * urgent.SLOTS, store.slot_bytes(0, layouts[0].experts), subject.device)
     road = urgent.bus(
         lambda: DeviceFiller(HostSource(store, streams), [memory] * len(used), streams),
+        streams,
         len(used),
         layouts[0].experts,
-        queueing=subject.device.type == "cuda",
     )
     urgent.measure(road, results, *rounds)
 

@@ -20,11 +20,14 @@ from models import MODEL, large_checkpoint, open_store
 
 from promoe_triton.chunking import BUS_LATENCY, DISK_LATENCY, Chunking
 from promoe_triton.core import Core
+from promoe_triton.links.device import DeviceFiller
 from promoe_triton.links.filling import Filler, SlotFiller
+from promoe_triton.links.issued import LOOK, IssuedLink
+from promoe_triton.links.streams import Streams
 from promoe_triton.links.threads import ThreadedLink
 from promoe_triton.memory import SlotMemory
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import Chunk, ExpertKey, Part
+from promoe_triton.protocols import Chunk, ExpertKey, Link, Part, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.timeline import Timeline
 
@@ -51,14 +54,11 @@ class Copies(Timeline):
 class Traffic:
     """One link with everything that goes over it: so many layers of so many experts each.
 
-    delays: from asking for an expert to the start of its first chunk. queueing: copies wait for each other behind the
-    thread that took them, as a GPU's copy engine lets them: a chunk starts as long before its end as it takes alone.
+    delays, waits: from asking for an expert to the start of its first chunk, and to the end of its last.
     """
 
-    def __init__(
-        self, filler: Filler, layers: int, experts: int, chunking: Chunking, seed: int, queueing: bool
-    ) -> None:
-        self.link = ThreadedLink(filler, depth=DEPTH, chunking=chunking, timeout=60.0)
+    def __init__(self, link: Link, layers: int, experts: int, chunking: Chunking, seed: int) -> None:
+        self.link = link
         tables = [SlotTable(range(i * SLOTS, (i + 1) * SLOTS), make_policy("lru", {})) for i in range(layers)]
         self.core = Core(tables, self.link.cuts, overtake=chunking.overtake)
         self.link.restart(self.core)
@@ -66,7 +66,6 @@ class Traffic:
         self.link.record(self._copies)
         self._random = random.Random(seed)
         self._urgent_layer, self._experts = layers - 1, experts
-        self._queueing = queueing
         self._quiet: list[float] = []
         self.rates: list[float] = []
         self.delays: list[float] = []
@@ -80,37 +79,41 @@ class Traffic:
     def round(self, layer: int, urgent: int) -> None:
         """Copy experts ahead for a layer, and ask for `urgent` others meanwhile, which needs a round without before."""
         link, core = self.link, self.core
-        moved, busy = link.bytes_moved, link.busy_seconds
         ahead = self._absent(layer, AHEAD)
+        moved, began = link.bytes_moved, time.perf_counter()
+        nbytes = sum(map(self._nbytes, ahead))
         link.tell(lambda: core.predict(core.position_of(layer, 0), ahead, float("inf")))
         for _ in range(urgent):
             time.sleep(self._random.uniform(0.08, 0.25) * statistics.median(self._quiet))
             self._ask(self._absent(self._urgent_layer, 1)[0])
-        while link.tell(lambda: len([*core.queue])):
-            time.sleep(0.001)
+        while link.tell(lambda: len([*core.queue])) or link.bytes_moved - moved < nbytes:
+            time.sleep(LOOK)
+        taken = time.perf_counter() - began
         link.tell(lambda: core.release(core.gate(layer, [key.expert for key in ahead]).resident))
         if not urgent:
-            self._quiet.append(link.busy_seconds - busy)
-            self.rates.append((link.bytes_moved - moved) / self._quiet[-1])
+            self._quiet.append(taken)
+            self.rates.append(nbytes / taken)
 
     def _ask(self, key: ExpertKey) -> None:
         core, asked = self.core, time.perf_counter()
         speculating = bool(self.link.tell(lambda: [*core.queue]))
         transfer = self.link.tell(lambda: (core.gate(key.layer, [key.expert]), core.ask(key, Part.WHOLE))[1])
         self.link.wait([transfer])
-        waited = time.perf_counter() - asked
-        begun = min(
-            (self._start(*copy) for copy in [*self._copies.chunks] if copy[0].transfer is transfer), default=None
-        )
-        if speculating and begun is not None:
-            self.delays.append(begun - asked)
-            self.waits.append(waited)
+        # It may be that no more has happened yet than that it was issued.
+        while sum(chunk.end - chunk.begin for chunk, *_ in self._of(transfer)) < self._nbytes(key):
+            time.sleep(LOOK)
+            self.link.tell(lambda: None)
+        copies = self._of(transfer)
+        if speculating:
+            self.delays.append(min(begin for _, begin, _ in copies) - asked)
+            self.waits.append(max(end for *_, end in copies) - asked)
         self.link.tell(lambda: self.core.release([key]))
 
-    def _start(self, chunk: Chunk, begin: float, end: float) -> float:
-        if not self._queueing:
-            return begin
-        return max(begin, end - (chunk.end - chunk.begin) / statistics.median(self.rates))
+    def _nbytes(self, key: ExpertKey) -> int:
+        return self.link.cuts(Transfer(key=key, part=Part.WHOLE)).ends[-1]
+
+    def _of(self, transfer: Transfer) -> list[tuple[Chunk, float, float]]:
+        return [copy for copy in [*self._copies.chunks] if copy[0].transfer is transfer]
 
     def close(self) -> None:
         self.link.close()
@@ -118,17 +121,16 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Road:
-    """Where the traffic goes. filler: makes a new way to copy experts. latencies: to compare, in seconds, the product's
-    own (default) among them; target: of that one at p99, in seconds.
+    """Where the traffic goes. link: makes a new one that cuts copies so. latencies: to compare, in seconds, the
+    product's own (default) among them; target: of that one at p99, in seconds.
     """
 
-    filler: Callable[[], Filler]
+    link: Callable[[Chunking], Link]
     layers: int
     experts: int
     latencies: tuple[float, ...]
     default: float
     target: float
-    queueing: bool = False
 
     def __post_init__(self) -> None:
         assert self.default in self.latencies
@@ -152,7 +154,7 @@ class Road:
 
 def disk(filler: Callable[[], Filler], layers: int, experts: int) -> Road:
     return Road(
-        filler=filler,
+        link=lambda chunking: ThreadedLink(filler(), depth=DEPTH, chunking=chunking, timeout=60.0),
         layers=layers,
         experts=experts,
         latencies=(1e-3, 2e-3, DISK_LATENCY),
@@ -161,16 +163,15 @@ def disk(filler: Callable[[], Filler], layers: int, experts: int) -> Road:
     )
 
 
-def bus(filler: Callable[[], Filler], layers: int, experts: int, queueing: bool) -> Road:
-    """Return the way from the host's memory to a GPU. queueing: whether it has a copy engine."""
+def bus(filler: Callable[[], DeviceFiller], streams: Streams, layers: int, experts: int) -> Road:
+    """Return the way from the host's memory to a GPU."""
     return Road(
-        filler=filler,
+        link=lambda chunking: IssuedLink(filler(), streams, depth=DEPTH, chunking=chunking, timeout=60.0),
         layers=layers,
         experts=experts,
-        latencies=(5e-5, BUS_LATENCY, 2.5e-4, 5e-4, 4e-3),
+        latencies=(5e-5, 1e-4, BUS_LATENCY, 5e-4, 4e-3),
         default=BUS_LATENCY,
         target=1e-4,
-        queueing=queueing,
     )
 
 
@@ -182,7 +183,7 @@ def measure(road: Road, results: record.Results, repeats: int, rounds: int) -> N
     results.begin()
     for repeat in range(repeats):
         for way, chunking in ways.items():
-            traffic = Traffic(road.filler(), road.layers, road.experts, chunking, repeat, road.queueing)
+            traffic = Traffic(road.link(chunking), road.layers, road.experts, chunking, repeat)
             layers = road.layers - 1
             for i in range(rounds):
                 traffic.round(i % layers, 0)
