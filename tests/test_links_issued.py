@@ -1,0 +1,330 @@
+"""The link that issues copies to a stream and goes on, over a stream that does its work when the test says so."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from promoe_triton.chunking import SHORTEST, UNMEASURED, Chunking, ChunkingName
+from promoe_triton.core import Core
+from promoe_triton.errors import PromoeError
+from promoe_triton.links.device import DeviceFiller
+from promoe_triton.links.issued import TOGETHER, IssuedLink
+from promoe_triton.links.sources import HostSource
+from promoe_triton.links.streams import HostStreams
+from promoe_triton.memory import DeviceMemory
+from promoe_triton.policies import make_policy
+from promoe_triton.protocols import ExpertKey, ExpertSpec, Part, TensorSpec, Transfer
+from promoe_triton.slots import SlotTable
+from promoe_triton.stores.host import HostStore
+from promoe_triton.timeline import Timeline
+
+EXPERTS, SLOTS = 24, 12
+ROWS = SHORTEST // 4  # of one number: an expert is twice as many bytes as may be in flight at least
+UP, DOWN = 2 * SHORTEST, SHORTEST // 2
+EXPERT = UP + DOWN
+RATE = 4e9
+
+
+class Event:
+    """Comes when the stream gets there, at its time."""
+
+    def __init__(self) -> None:
+        self.when: float | None = None
+
+
+class Stream(HostStreams):
+    """Is lane and streams in one. `go` does what it was told, so many steps; a copy takes as long as it is large."""
+
+    def __init__(self) -> None:
+        self.todo: list[Callable[[], None]] = []
+        self.clock = 0.0
+        self.waits: list[Event] = []
+        self.paused: list[float] = []
+        self.broken = False
+
+    def lane(self) -> Any:
+        return self
+
+    def own(self) -> None:
+        raise AssertionError("whoever computes gives the device other work")
+
+    def after(self, event: Event) -> None:
+        def work() -> None:
+            assert event.when is not None, "a stream that waits for ever"
+
+        self.todo.append(work)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        if self.broken:
+            raise RuntimeError("the device is lost")
+
+        def work() -> None:
+            target.copy_(source)
+            self.clock += target.nbytes / RATE
+
+        self.todo.append(work)
+
+    def pause(self, seconds: float) -> None:
+        self.paused.append(seconds)
+
+        def work() -> None:
+            self.clock += seconds
+
+        self.todo.append(work)
+
+    def mark(self, timed: bool = False) -> Any:
+        """Of the lane; `timed`: of what computes, which is done but for what it waits for."""
+        event = Event()
+        if timed and all(waited.when is not None for waited in self.waits):
+            event.when = self.clock
+            return event
+
+        def work() -> None:
+            event.when = self.clock
+
+        self.todo.append(work)
+        return event
+
+    def finish(self) -> None:
+        self.go()
+
+    def settle(self, event: Event) -> None:
+        self.go()
+        assert event.when is not None
+
+    def wait(self, event: Event) -> None:
+        self.waits.append(event)
+
+    def has_come(self, event: Event) -> bool:
+        return event.when is not None
+
+    def seconds(self, begin: Event, end: Event) -> float:
+        assert begin.when is not None
+        assert end.when is not None
+        return end.when - begin.when
+
+    def go(self, steps: int | None = None) -> None:
+        for _ in range(len(self.todo) if steps is None else steps):
+            self.todo.pop(0)()
+
+
+class Rig:
+    """A link, its core, and one layer of experts whose every number is that of the expert."""
+
+    def __init__(self, name: ChunkingName = "adaptive", latency: float = 1e-3, **options: Any) -> None:
+        spec = ExpertSpec(
+            tensors=(
+                TensorSpec(name="up", part=Part.UP, shape=(UP // 4,), dtype=torch.float32),
+                TensorSpec(name="down", part=Part.DOWN, shape=(DOWN // 4,), dtype=torch.float32),
+            )
+        )
+        numbers = torch.arange(float(EXPERTS))[:, None]
+        weights = {"up": numbers.repeat(1, UP // 4), "down": -numbers.repeat(1, DOWN // 4)}
+        layout: Any = type("Layout", (), {"cut": staticmethod(lambda tensor, e: tensor[e])})
+        self.stream = Stream()
+        store = HostStore([spec], [layout], [weights])
+        memory = DeviceMemory(SLOTS, store.slot_bytes(0, EXPERTS), torch.device("cpu"))
+        filler = DeviceFiller(HostSource(store, self.stream), [memory], self.stream)
+        chunking = Chunking(name=name, longest=1 << 19, latency=latency)
+        self.link = IssuedLink(filler, self.stream, depth=2, chunking=chunking, timeout=0.2, **options)
+        self.core = Core([SlotTable(range(SLOTS), make_policy("lru", {}))], self.link.cuts)
+        self.link.restart(self.core)
+        self.stream.go()  # whoever had the memory before is done with it
+
+    def need(self, *experts: int) -> list[Transfer]:
+        keys = [ExpertKey(0, expert) for expert in experts]
+
+        def gate() -> list[Transfer]:
+            needs = self.core.gate(0, experts)
+            return [self.core.ask(key, Part.WHOLE) for key in keys if key in needs.missing]
+
+        return self.link.tell(gate)
+
+    def expect(self, *experts: int) -> None:
+        keys = [ExpertKey(0, expert) for expert in experts]
+        self.link.tell(lambda: self.core.predict(self.core.position_of(0, 0), keys, float("inf")))
+
+    def ahead(self) -> int:
+        """Bytes of speculation that the stream has been given and has not done."""
+        return sum(copy.chunk.end - copy.chunk.begin for copy in self.link._in_flight if copy.chunk.speculative)
+
+    def measured(self) -> None:
+        """Let the link know how fast it is."""
+        self.link.wait(self.need(0))
+        self.stream.go()
+        assert self.link.busy_seconds == pytest.approx(EXPERT / RATE)
+        assert self.link.bandwidth == pytest.approx(RATE)
+        self.link.tell(lambda: self.core.release([ExpertKey(0, 0)]))
+
+
+def test_the_host_goes_on_and_the_device_waits() -> None:
+    rig = Rig()
+    (transfer,) = rig.need(3)
+    assert rig.link.wait([transfer]) == [transfer]
+    tensors = rig.link.arrival(ExpertKey(0, 3))
+    assert tensors is not None
+    assert rig.link.arrival(ExpertKey(0, 3)) is None, "told once"
+    (event,) = rig.stream.waits
+    assert event.when is None
+    assert rig.link.bytes_moved == 0
+    rig.stream.go()
+    assert event.when == pytest.approx(EXPERT / RATE)
+    assert tensors["up"].eq(3.0).all()
+    assert tensors["down"].eq(-3.0).all()
+    assert rig.link.bytes_moved == EXPERT
+    assert rig.link.waited_seconds == pytest.approx(EXPERT / RATE)
+
+
+def test_nobody_waits_for_what_has_come() -> None:
+    rig = Rig()
+    rig.link.wait(rig.need(3))
+    rig.stream.go()
+    assert rig.link.arrival(ExpertKey(0, 3)) is not None
+    assert not rig.stream.waits
+    assert rig.link.waited_seconds == 0.0
+
+
+def test_so_many_are_computed_together() -> None:
+    rig = Rig()
+    transfers = rig.need(*range(TOGETHER + 3))
+    assert rig.link.wait(transfers) == transfers[:TOGETHER]
+    assert rig.link.arrived(transfers[TOGETHER:]) == transfers[TOGETHER:]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_speculation_in_flight_is_bounded(measured: bool) -> None:
+    """And more follows when a layer tells anything; what a layer waits for is not held back by it."""
+    rig = Rig(latency=1e-3)
+    if measured:
+        rig.measured()
+    most = int(RATE * 1e-3) if measured else UNMEASURED
+    rig.expect(*range(10, 18))
+    assert 0 < rig.ahead() <= most
+    seen = []
+    for _ in range(200):
+        rig.stream.go(min(3, len(rig.stream.todo)))
+        rig.link.tell(lambda: None)
+        seen.append(rig.ahead())
+        assert seen[-1] <= max(most, int(rig.link.bandwidth * 1e-3))
+    assert max(seen) > 0.5 * most
+    rig.stream.go()
+    assert rig.link.bytes_moved == (8 + measured) * EXPERT
+
+
+def test_what_a_layer_waits_for_is_issued_at_once() -> None:
+    rig = Rig(latency=1e-3)
+    rig.measured()
+    rig.expect(*range(10, 18))
+    ahead = rig.ahead()
+    transfers = rig.need(1, 2, 3, 10)  # the last has begun
+    assert len(rig.link.wait(transfers)) == TOGETHER
+    events = [rig.link._arrivals[t.key].event for t in transfers]
+    before = rig.stream.clock
+    rig.stream.go()
+    assert max(event.when for event in events) - before <= (4 * EXPERT + ahead) / RATE * (1 + 1e-9)
+    assert rig.core.tallies()[0].dropped > 0, "the layer did not need the others"
+
+
+@pytest.mark.parametrize("name", ["fixed", "tensor", "expert"])
+def test_chunks_of_fixed_size(name: ChunkingName) -> None:
+    rig = Rig(name)
+    rig.expect(*range(10, 18))
+    assert len(rig.link._in_flight) == 2, "as many as its depth"
+    assert {copy.chunk.end - copy.chunk.begin for copy in rig.link._in_flight} == (
+        {UP, DOWN} if name == "tensor" else {1 << 19}
+    )
+
+
+@pytest.mark.parametrize("limit", [RATE / 2, RATE / 10, RATE * 2])
+def test_a_limit_of_bandwidth(limit: float) -> None:
+    """A quicker link does not become quicker."""
+    rig = Rig(limit=limit)
+    rig.link.wait(rig.need(0))
+    rig.stream.go()
+    rig.link.tell(lambda: None)  # now it is known how fast the link is by itself
+    before = rig.stream.clock
+    rig.link.wait(rig.need(1))
+    rig.stream.go()
+    assert rig.stream.clock - before == pytest.approx(EXPERT / min(limit, RATE))
+
+
+def test_a_timeline_has_the_times_of_the_device() -> None:
+    rig, timeline = Rig(), Timeline()
+    rig.stream.clock = 100.0
+    rig.link.record(timeline)
+    now = rig.link.now()
+    rig.link.wait(rig.need(5))
+    rig.stream.go()
+    rig.link.record(None)
+    spans = list(timeline.spans)
+    assert sum(span.nbytes for span in spans) == EXPERT
+    assert spans[0].begin == pytest.approx(now, abs=1.0)
+    assert spans[-1].end - spans[0].begin == pytest.approx(EXPERT / RATE)
+    assert {span.lane for span in spans} == {"copy"}
+
+
+def test_a_drain() -> None:
+    rig = Rig()
+    transfers = rig.need(1, 2)
+    rig.expect(7)
+    assert not rig.link.drain(0.001)
+    assert not rig.link.drain(0.001), "again until it is true"
+    rig.stream.go()
+    assert rig.link.drain(0.001)
+    assert rig.link.arrival(transfers[0].key) is None
+    rig.link.restart(Core([SlotTable(range(SLOTS), make_policy("lru", {}))], rig.link.cuts))
+
+
+def test_a_copy_that_fails() -> None:
+    rig = Rig()
+    rig.stream.broken = True
+    transfers = rig.need(1)
+    with pytest.raises(PromoeError, match=r"expert 1 of MoE layer 0 could not be read: the device is lost"):
+        rig.link.wait(transfers)
+    rig.stream.broken = False
+    rig.link.wait(rig.need(2))
+    tensors = rig.link.arrival(ExpertKey(0, 2))
+    rig.stream.go()
+    assert tensors is not None
+    assert tensors["up"].eq(2.0).all()
+
+
+def test_a_wait_is_bounded() -> None:
+    """All slots are leased: nothing can come."""
+    rig = Rig()
+    rig.link.wait(rig.need(*range(SLOTS)))
+
+    def one_more() -> Sequence[Transfer]:
+        return [rig.core.ask(ExpertKey(0, EXPERTS - 1), Part.WHOLE)]
+
+    transfers = rig.link.tell(one_more)
+    with pytest.raises(PromoeError, match=r"no byte arrived for 0\.2 s while waiting for expert 23 of MoE layer 0"):
+        rig.link.wait(transfers)
+
+
+def test_closed() -> None:
+    rig = Rig()
+    rig.link.wait(rig.need(1))
+    rig.link.close()
+    assert not rig.stream.todo, "what was in flight is done"
+    with pytest.raises(PromoeError, match="closed by unpatch"):
+        rig.link.tell(lambda: None)
+    rig.link.close()
+
+
+def test_a_link_that_is_lost_ends_what_it_has_begun() -> None:
+    rig = Rig()
+    rig.link.wait(rig.need(1))
+    stream, link = rig.stream, weakref.ref(rig.link)
+    assert stream.todo
+    del rig
+    gc.collect()
+    assert link() is None
+    assert not stream.todo
