@@ -223,7 +223,7 @@ def test_what_a_layer_waits_for_is_issued_at_once() -> None:
     rig.measured()
     rig.expect(*range(10, 18))
     ahead = rig.ahead()
-    transfers = rig.need(1, 2, 3, 10)  # the last has begun
+    transfers = rig.need(1, 2, 3, 11)  # the last has begun
     assert len(rig.link.wait(transfers)) == TOGETHER
     events = [rig.link._arrivals[t.key].event for t in transfers]
     before = rig.stream.clock

@@ -77,16 +77,16 @@ class DeviceFiller:
         """Yield parts of a slot, and what is to be in each, valid until the next."""
         transfer = chunk.transfer
         slot = self._memory_of_layer[transfer.key.layer].slot(transfer.slot)
-        # A chunk lies within one extent.
-        image = self._source.image(transfer)
-        index = bisect.bisect_right(image.ends, chunk.begin)
-        extent = image.extents[index]
-        skip, end = (at - (image.ends[index] - extent.nbytes) for at in (chunk.begin, chunk.end))
-        while skip < end:
-            data = self._source.read(transfer, extent, index, skip, end - skip)
-            first = extent.slot_offset + skip
-            yield slot[first : first + len(data)], data
-            skip += len(data)
+        image, begin = self._source.image(transfer), chunk.begin
+        index = bisect.bisect_right(image.ends, begin)
+        while begin < chunk.end:
+            extent, end = image.extents[index], image.ends[index]
+            skip = begin - (end - extent.nbytes)
+            data = self._source.read(transfer, extent, index, skip, min(chunk.end, end) - begin)
+            nbytes, first = data.numel(), extent.slot_offset + skip
+            yield slot[first : first + nbytes], data
+            begin += nbytes
+            index += begin == end
 
     def finish(self, transfer: Transfer) -> ExpertTensors:
         self._source.check(transfer)

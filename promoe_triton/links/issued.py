@@ -83,7 +83,11 @@ class IssuedLink:
 
     @property
     def cuts(self) -> Callable[[Transfer], Cuts]:
-        return self._filler.cuts
+        cuts = self._filler.cuts
+        if self._chunking.name == "tensor":
+            return cuts
+        # One chunk may have several ranges: they are issued one after the other.
+        return lambda transfer: Cuts(ends=cuts(transfer).ends[-1:])
 
     @property
     def bytes_moved(self) -> int:
@@ -225,7 +229,8 @@ class IssuedLink:
                 nbytes = chunk.end - chunk.begin
                 self._bytes_moved += nbytes
                 self._meter.add(streams.seconds(begin, end), nbytes)
-                self._copying.add(streams.seconds(begin, copied), nbytes)
+                if self._limit is not None:
+                    self._copying.add(streams.seconds(begin, copied), nbytes)
                 if self._timeline is not None:
                     start, began = self._start
                     times = [began + streams.seconds(start, event) for event in (begin, copied)]

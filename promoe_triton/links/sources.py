@@ -131,12 +131,12 @@ class HostSource:
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
         name = self.image(transfer).tensors[index].spec.name
         data = self._store.bytes_of(transfer.key, name)[skip : skip + nbytes]
-        stretch = self._registration.stretch(data.data_ptr())
-        if (left := stretch.end - data.data_ptr()) < nbytes:
-            data = data[: int(left)]
-        if stretch.reads or len(data) < STAGED:
-            return data
-        return self._rings.room(len(data)).slot(0)[: len(data)].copy_(data)
+        address = data.data_ptr()
+        reads, end = self._registration.stretch(address)
+        if end - address < nbytes:
+            nbytes = int(end - address)
+            data = data[:nbytes]
+        return data if reads or nbytes < STAGED else self._rings.room(nbytes).slot(0)[:nbytes].copy_(data)
 
     @property
     def is_registered(self) -> bool:
