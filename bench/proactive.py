@@ -34,6 +34,8 @@ PREDICTED: dict[str, dict[str, Any]] = {
 }
 """Everything on, with other predictors: by default in the passes that are faster for it, or in all."""
 SLOW = "250MB/s"
+FIRST = ("lru", NO_PREDICTION, "gate, always", "learned, always", "all")
+FIRST_LOOK = "decode, one run of each, 50.0% in slots"
 WHOLE_LAYERS = "decode, whole layers, 50.0% in slots"
 
 
@@ -261,6 +263,21 @@ def chance(subject: Subject, results: record.Results, link: str, length: Length,
 
 def chance_case(link: str) -> str:
     return f"decode, chance, 50.0% in slots, {link}"
+
+
+def first_look(subject: Subject, results: record.Results, length: Length, **common: Any) -> None:
+    """Run every kind once, on one text: what a minute tells of a machine that is not known yet."""
+    if not results.has(FIRST_LOOK):
+        results.begin()
+        ids = texts(length)[0]
+        kinds: dict[str, dict[str, Any]] = {variant: options(variant) for variant in FIRST}
+        runs = {
+            variant: [decode(subject, common | {"slots": subject.experts // 2} | chosen, ids, length.warm_up)]
+            for variant, chosen in kinds.items()
+        }
+        alone = decode(subject, {"slots": 1.0}, ids, length.warm_up).per_step
+        resident = record.row(FIRST_LOOK, "resident", "time", "ms/token", [alone * 1e3], better="lower")
+        results.write([resident, *rows_of(FIRST_LOOK, runs)])
 
 
 def predictors(subject: Subject, results: record.Results, share: float, length: Length) -> None:

@@ -145,6 +145,10 @@ def cases(quick: bool) -> list[Case]:
         run = partial(proactive.chance, link=link, length=length(16, 64, 6), **common)
         return Case(study="proactive", case=proactive.chance_case(link), subject=of, run=run)
 
+    def look(of: str, link: str, **common: Any) -> Case:
+        run = partial(proactive.first_look, length=length(16, 40, 1), **common)
+        return Case(study=f"first-look{link}", case=proactive.FIRST_LOOK, subject=of, run=run)
+
     def whole(of: str) -> Case:
         run = partial(proactive.whole_layers, length=length(2, 12, 2))
         return Case(study="proactive", case=proactive.WHOLE_LAYERS, subject=of, run=run)
@@ -174,6 +178,8 @@ def cases(quick: bool) -> list[Case]:
     urgent = Case(study="urgent", case="urgent", subject=QWEN, run=partial(measure_urgent, rounds=rounds))
     tail = (0.75, 0.25, 0.375, 0.125)
     order = [
+        look(QWEN, ""),
+        look(QWEN, "-25gbps", bandwidth=BUS),
         ablation(QWEN, 0.5),
         rivals[0],
         ablation(QWEN, 0.5, limited=True),
