@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-MEASURED = ("activation", "checks", "combine", "grouped", "pool", "rounding", "rows", "schedule", "tiles")
+MEASURED = ("activation", "checks", "combine", "grouped", "launching", "pool", "rounding", "rows", "schedule", "tiles")
 """The files that decide what a kernel does, and which one runs."""
 
 
