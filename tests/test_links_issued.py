@@ -275,7 +275,10 @@ def test_a_drain() -> None:
     transfers = rig.need(1, 2)
     rig.expect(7)
     assert not rig.link.drain(0.001)
+    issued = len(rig.stream.todo)
     assert not rig.link.drain(0.001), "again until it is true"
+    rig.link.tell(lambda: rig.core.predict(rig.core.position_of(0, 0), [ExpertKey(0, 8)], float("inf")))
+    assert len(rig.stream.todo) == issued, "nothing is begun any more"
     rig.stream.go()
     assert rig.link.drain(0.001)
     assert rig.link.arrival(transfers[0].key) is None

@@ -67,7 +67,7 @@ class IssuedLink:
         self._depth, self._chunking, self._timeout, self._limit = depth, chunking, timeout, limit
         self._lock = threading.RLock()
         self._feed: Feed | None = None
-        self._torn = self._closed = False
+        self._stopped = self._closed = False
         self._in_flight: deque[_Copy] = deque()
         self._arrivals: dict[ExpertKey, _Arrival] = {}
         self._waits: deque[tuple[Any, Any]] = deque()
@@ -123,11 +123,8 @@ class IssuedLink:
         if self._closed:
             raise PromoeError("this model's slots were closed by unpatch; patch the model again")
         with self._lock:
-            # An interruption in the middle of a change leaves a feed that nobody may ask any more.
-            self._torn = True
             result = event()
             self._issue()
-            self._torn = False
         return result
 
     def wait(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
@@ -163,7 +160,7 @@ class IssuedLink:
     def drain(self, patience: float) -> bool:
         deadline = time.monotonic() + patience
         with self._lock:
-            self._torn = True
+            self._stopped = True
             self._look()
             while self._in_flight:
                 left = deadline - time.monotonic()
@@ -178,7 +175,7 @@ class IssuedLink:
     def restart(self, feed: Feed) -> None:
         with self._lock:
             assert not self._in_flight
-            self._feed, self._torn = feed, False
+            self._feed, self._stopped = feed, False
 
     def close(self) -> None:
         self._closed, self._feed = True, None
@@ -188,7 +185,7 @@ class IssuedLink:
         """Give the lane what there is to copy, as far as it may be given."""
         self._look()
         feed, lane, filler = self._feed, self._lane, self._filler
-        while feed is not None and feed.backlog:
+        while feed is not None and feed.backlog and not self._stopped:
             chunk = feed.next_chunk(*self._budgets())
             if chunk is None:
                 return
