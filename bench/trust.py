@@ -163,24 +163,30 @@ class Resident:
 
 
 class Moment(NamedTuple):
-    """How fast the machine is at the moment: one that is shared is not the same for long.
+    """How fast the machine is at the moment, for passes of so many tokens: one that is shared is not the same for long.
 
-    step: seconds of a resident pass of one token. slowed, link_slowed: how much longer computing takes while experts
-    are read, and they while something is computed.
+    step: seconds of such a pass, resident. slowed, link_slowed: how much longer it takes while experts are read, and
+    they meanwhile.
     """
 
+    tokens: int
     wire: Wire
     step: float
     slowed: float
     link_slowed: float
 
 
-def look(resident: Resident, reading: Reading, repeats: int) -> Moment:
-    step, wire = resident.seconds(1, repeats), reading.wire(repeats)
+def look(resident: Resident, reading: Reading, repeats: int, tokens: int) -> Moment:
+    passes = repeats if tokens == 1 else max(repeats // 5, 2)
+    step, wire = resident.seconds(tokens, passes), reading.wire(repeats)
     _, idle = reading.rate(lambda: time.sleep(0.5))
-    streaming, beside = reading.rate(lambda: resident.seconds(1, repeats))
+    streaming, beside = reading.rate(lambda: resident.seconds(tokens, passes))
     return Moment(
-        wire=wire, step=step, slowed=max(streaming / step, 1.0), link_slowed=max(idle / max(beside, 1.0), 1.0)
+        tokens=tokens,
+        wire=wire,
+        step=step,
+        slowed=max(streaming / step, 1.0),
+        link_slowed=max(idle / max(beside, 1.0), 1.0),
     )
 
 
@@ -391,12 +397,15 @@ class Calibration:
 
     shape: ModelShape
     costs: Measured
-    step: float
+    steps: Mapping[int, float]
 
     def simulator(self, now: Moment, options: Mapping[str, Any]) -> Simulator:
-        """Return a simulator of the machine as it is now. step: what a resident pass took when costs were measured."""
+        """Return a simulator of the machine as it is now.
+
+        steps: what resident passes took when costs were measured, by their tokens.
+        """
         config = Config(**{"latency": DISK_LATENCY, **options})
-        costs = paced(self.costs, now.step / self.step)
+        costs = paced(self.costs, now.step / self.steps[now.tokens])
         return Simulator(self.shape, costs, now.wire, config, slowed=now.slowed, link_slowed=now.link_slowed)
 
 
@@ -425,19 +434,24 @@ def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> N
     results.begin()
     resident, reading = Resident(folder), Reading(folder)
     costs = measure_costs(folder, size, resident)
-    now = look(resident, reading, size.repeats)
     length, prompt = size.warm_up + size.timed, PROMPT[quick]
+    moments = [look(resident, reading, size.repeats, tokens) for tokens in (1, prompt)]
+    now, filling = moments
     text, later = prompts(MODEL, 2, max(length, prompt))
     decoded, asking = record_text(folder, text[:length], 1, config.distance)
     costs = replace(costs, asking=asking)
     bits = 8.0 * AutoConfig.from_pretrained(folder).dtype.itemsize
-    machine = Calibration(shape=model_shape(str(folder), bits=bits), costs=costs, step=now.step)
+    machine = Calibration(
+        shape=model_shape(str(folder), bits=bits), costs=costs, steps={m.tokens: m.step for m in moments}
+    )
     results.write(
         [
             record.row("calibration", "link", "bandwidth", "GB/s", [now.wire.bandwidth / 1e9]),
             record.row("calibration", "link", "latency", "ms", [now.wire.latency * 1e3], better="lower"),
             record.row("calibration", "computing", "while experts are read", "x", [now.slowed], better="lower"),
             record.row("calibration", "link", "while something is computed", "x", [now.link_slowed], better="lower"),
+            record.row("calibration", "computing a prompt", "while experts are read", "x", [filling.slowed]),
+            record.row("calibration", "link", "while a prompt is computed", "x", [filling.link_slowed]),
             record.row("calibration", "layer", "beside experts", "ms", [costs.dense.at(1) * 1e3], better="lower"),
             record.row("calibration", "layer", "beside products", "ms", [costs.calls.at(1) * 1e3], better="lower"),
             record.row("calibration", "expert", "products, 1 row", "ms", [1e3 * (costs.up.at(1) + costs.down.at(1))]),
@@ -452,10 +466,11 @@ def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> N
             results.begin()
             found: dict[str, list[tuple[float, float]]] = {"TPOT": [], "TTFT": []}
             for _ in range(size.runs):
-                now = look(resident, reading, size.repeats)
+                now = look(resident, reading, size.repeats, 1)
                 step = decode(OnDisk(folder), options, [text[:length]], size.warm_up).per_step
                 ours = simulated(machine.simulator(now, options), passes([decoded], prompt=1), size.warm_up)
                 found["TPOT"].append((step, ours))
+                now = look(resident, reading, size.repeats, prompt)
                 _, warm = prefill(OnDisk(folder), options, text[:prompt], later[:prompt])
                 ours = simulated(machine.simulator(now, options), iter(prefills), 1)
                 found["TTFT"].append((warm.seconds, ours))
