@@ -49,8 +49,8 @@ class Run:
 
 
 def timed(model: Any, steps: int, action: Callable[[], object]) -> Run:
-    before = promoe_triton.stats(model)
     settle(model.device)
+    before = promoe_triton.stats(model)
     began = time.perf_counter()
     action()
     settle(model.device)

@@ -200,7 +200,7 @@ class Link(Protocol):
         ...
 
     def wait(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
-        """Return those of these transfers that have arrived, one at least: work issued from now on sees their bytes.
+        """Return those of these transfers that have arrived, one at least. After `arrival` work sees their bytes.
 
         Raises PromoeError, naming the source and the offset, when a copy failed or made no progress within the
         link's bound. A chunk may still be in flight after that: `drain` tells.
@@ -212,7 +212,10 @@ class Link(Protocol):
         ...
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
-        """Return the tensors, views of a slot, of an expert that has arrived since this was last asked."""
+        """Return the tensors, views of a slot, of an expert that has arrived since this was last asked.
+
+        Work that the calling thread issues from now on sees their bytes.
+        """
         ...
 
     def fence(self, layer: int, slots: Iterable[int] | None) -> None:
@@ -225,6 +228,10 @@ class Link(Protocol):
 
     def now(self) -> float:
         """Return the time by the link's clock, in seconds since whenever."""
+        ...
+
+    def settle(self) -> None:
+        """Return when the bytes of all that has arrived are there."""
         ...
 
     def drain(self, patience: float) -> bool:

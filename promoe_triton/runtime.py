@@ -223,10 +223,11 @@ class LayerRuntime:
     def check_resident(self) -> None:
         """Note when every expert has a slot of its own: from then on nothing can leave."""
         table = self.table
-        if table is not None and not self.model.budget.shared:
-            self.resident = table.holds(self.keys)
-            if self.resident:
-                self.model.check_settled()
+        if table is not None and not self.model.budget.shared and table.holds(self.keys):
+            for key in self.keys:
+                self.place(key)  # also what was copied ahead and never asked for
+            self.resident = True
+            self.model.check_settled()
 
 
 class ModelRuntime:
@@ -452,6 +453,7 @@ class ModelRuntime:
             for transfer in running:
                 self._settle(transfer)
                 progress.update(1)
+            link.settle()
         except BaseException:
             self.start_afresh(0.0)
             raise
@@ -506,6 +508,8 @@ class ModelRuntime:
             self.prefetcher.remove()
             self.prefetcher = None
         if self.link is not None:
+            self._order.follow()
+            self.link.fence(0, None)  # resident layers set none
             self.link.close()
             self.link = None
         self.layers = []

@@ -179,7 +179,8 @@ class Waves:
         for key in keys:
             del self._asked[key]
             self._layer.place(key)
-        yield self._wave(keys)
+        if wave := self._wave(keys):
+            yield wave
         passing = [transfer.key for transfer in arrived if transfer.part != Part.WHOLE]
         if passing:
             for key in passing:

@@ -313,6 +313,7 @@ def streams(device: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceS
     made = DeviceStreams(device)
     monkeypatch.setattr(runtime, "streams_of", lambda _: made)
     monkeypatch.setattr(choice, "DeviceFiller", Watched)
+    monkeypatch.setattr(registration, "LARGE", 1)
     yield made
     gc.collect()
     made.close()
@@ -412,39 +413,67 @@ def test_memory_that_cannot_be_registered(
     assert re.fullmatch(r"(\S+ kB) of \1 of experts could not be registered .* and are copied on their way", message)
 
 
-def test_only_pages_that_are_the_experts_alone_are_registered(streams: DeviceStreams, want: list[Tensor]) -> None:
-    """What lies beside them in memory must stay memory that can be copied to the device, by whomever."""
-    model = build()
-    experts = [p for layer in model.model.layers for p in layer.mlp.experts.parameters()]
-    begins = [(p.data_ptr(), p.data_ptr() + p.nbytes) for p in experts]
-    promoe_triton.patch(model, device="cpu", store="memory", slots=3)
-    whole = {page for begin, end in begins for page in range(-(-begin // PAGE) * PAGE, end // PAGE * PAGE, PAGE)}
-    others = {page for begin, end in begins for page in range(begin // PAGE * PAGE, end, PAGE)} - whole
-    assert others
-    assert streams.pinned >= whole
-    assert not streams.pinned & others
+def test_storages_of_less_than_so_many_bytes_are_left_alone(
+    device: Device, streams: DeviceStreams, want: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other things may lie on their pages, which must stay memory that can be copied to the device, by whomever."""
+    monkeypatch.setattr(registration, "LARGE", 1 << 25)
+    model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+    assert not streams.pinned
+    assert isinstance(model._promoe_runtime.link, IssuedLink)
     assert equal(logits(model), want)
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 1, 2 * PAGE, 5 * PAGE + 17])
-@pytest.mark.parametrize("phase", [0, 64, PAGE - 64])
-def test_stretches(phase: int, nbytes: int) -> None:
-    room = torch.zeros(10 * PAGE, dtype=torch.uint8)
-    first = -room.data_ptr() % PAGE + PAGE + phase
-    tensor = room[first : first + nbytes]
-    made = registration.Registration([tensor])
-    made.take(lambda address, nbytes: lambda: None)
-    address, end, seen = tensor.data_ptr() - PAGE, tensor.data_ptr() + nbytes + PAGE, []
-    while address < end:
-        reads, until = made.stretch(address)
-        until = min(int(until) if until < end else end, end)
-        assert address < until
-        assert not reads or (not address % PAGE and not until % PAGE)
-        assert all(made.stretch(a).reads is reads for a in (address, until - 1))
-        seen += [page for page in range(address, until, PAGE) if reads]
-        address = until
-    whole = range(-(-tensor.data_ptr() // PAGE) * PAGE, (tensor.data_ptr() + nbytes) // PAGE * PAGE, PAGE)
-    assert seen == [*whole]
+def test_the_pages_of_large_storages() -> None:
+    """Whole, with the pages on which they begin and end: a tensor is registered as a whole, or not at all."""
+    large, small = (torch.zeros(nbytes, dtype=torch.uint8) for nbytes in (registration.LARGE, 1 << 20))
+    (pages,) = registration.pages_of([large[1000:2000], small, large[5:]])
+    assert pages.start <= large.data_ptr() < pages.start + PAGE
+    assert pages.stop - PAGE < large.data_ptr() + large.nbytes <= pages.stop
+    assert not pages.start % PAGE
+    assert not pages.stop % PAGE
+
+
+@pytest.mark.usefixtures("streams")
+def test_experts_that_do_not_lie_together(want: list[Tensor]) -> None:
+    """What is copied from a temporary must be copied before that is gone."""
+    model = build()
+    for layer in model.model.layers:
+        for parameter in layer.mlp.experts.parameters():
+            parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+    promoe_triton.patch(model, device="cpu", store="memory", slots=3)
+    assert not isinstance(model._promoe_runtime.link, IssuedLink)
+    assert equal(logits(model), want)
+
+
+@pytest.mark.usefixtures("streams")
+def test_memory_that_another_copy_has_registered(want: list[Tensor]) -> None:
+    """Patched anew while a copy goes on: a driver registers nothing twice, and what is refused goes through a ring."""
+    model = promoe_triton.patch(build(), device="cpu", store="memory", slots=3)
+    twin = copy.deepcopy(model)
+    promoe_triton.unpatch(model)
+    promoe_triton.patch(model, device="cpu", store="memory", slots=3)
+    assert equal(logits(model), want)
+    assert equal(logits(twin), want)
+
+
+def test_a_warm_start_is_over_when_patch_returns(streams: DeviceStreams) -> None:
+    model = promoe_triton.patch(build(), device="cpu", store="memory", slots=6)
+    link = model._promoe_runtime.link
+    assert not link._in_flight
+    assert promoe_triton.stats(model).bytes_read > 0
+    assert promoe_triton.stats(model).link_seconds == 0.0, "of filling"
+
+
+@pytest.mark.parametrize("store", ["memory", "spool"])
+@pytest.mark.usefixtures("streams")
+def test_what_was_copied_ahead_and_never_asked_for(store: str, want: list[Tensor], tmp_path: Path) -> None:
+    """Slots for all that fill while the model runs, with help of a predictor: then all are placed, used or not."""
+    options: Any = {"predictor": "random", "always_predict": True, "warm": False, "spool_dir": tmp_path}
+    model = promoe_triton.patch(build(), device="cpu", store=store, slots=12, **options)
+    for _ in range(6):
+        assert equal(logits(model), want)
+    assert model._promoe_runtime.is_settled
 
 
 def test_what_is_registered_is_given_back(streams: DeviceStreams) -> None:
@@ -459,12 +488,12 @@ def test_a_copy_shares_the_registration(
     first: int, streams: DeviceStreams, want: list[Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     models = [promoe_triton.patch(build(), device="cpu", store="memory", slots=3)]
-    registered = {page for part in models[0]._promoe_runtime.store.registration.pages for page in part[::PAGE]}
+    pinned = set(streams.pinned)
     models.append(copy.deepcopy(models[0]))
     assert not caplog.records, "nothing is copied on its way"
-    assert streams.pinned >= registered
+    assert streams.pinned == pinned
     promoe_triton.unpatch(models.pop(first))
-    assert streams.pinned >= registered
+    assert streams.pinned == pinned
     assert equal(logits(models[0]), want)
     promoe_triton.unpatch(models.pop())
     assert not streams.pinned

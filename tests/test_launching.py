@@ -33,10 +33,12 @@ class Kernel(triton.JITFunction[Any]):  # type: ignore[misc]
     def __init__(self) -> None:
         self.arg_names = ["out_ptr", "x_ptr", "n", "BLOCK", "KIND"]
         self.compiled: list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any], Compiled]] = []
+        self.devices: list[int] = []
 
     def __getitem__(self, grid: Any) -> Any:
         def run(*args: Any, **options: Any) -> Compiled:
             made = Compiled()
+            self.devices.append(torch.cuda.current_device())
             self.compiled.append((grid, args, options, made))
             return made
 
@@ -77,6 +79,7 @@ def test_the_second_launch_goes_straight_to_what_was_compiled(kernel: Kernel) ->
         pytest.param((ROOM[FIRST + 1 : FIRST + 65], X, 7), OPTIONS, id="an-address-that-is-no-multiple"),
         pytest.param((X, X.to(torch.bfloat16), 7), OPTIONS, id="another-type"),
         pytest.param((X, X, 16), OPTIONS, id="another-number"),
+        pytest.param((X, X, 7.0), OPTIONS, id="another-kind-of-number"),
         pytest.param((X, X, 7), OPTIONS | {"BLOCK": 32}, id="another-constant"),
         pytest.param((X, X, 7), OPTIONS | {"num_warps": 8}, id="another-option"),
     ],
@@ -108,7 +111,7 @@ def test_another_device_is_made_the_current_one(kernel: Kernel, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "device", Device)
     launch(kernel, 1, (X, X, 7), OPTIONS)
     assert current == [1]
-    assert len(kernel.compiled) == 1
+    assert kernel.devices == [X.get_device()]
 
 
 def test_it_does_not_grow_for_ever(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
 
+import promoe_triton
+from promoe_triton import runtime
 from promoe_triton.chunking import SHORTEST, UNMEASURED, Chunking, ChunkingName
 from promoe_triton.core import Core
 from promoe_triton.errors import PromoeError
@@ -195,7 +198,45 @@ def test_so_many_are_computed_together() -> None:
     rig = Rig()
     transfers = rig.need(*range(TOGETHER + 3))
     assert rig.link.wait(transfers) == transfers[:TOGETHER]
-    assert rig.link.arrived(transfers[TOGETHER:]) == transfers[TOGETHER:]
+    assert rig.link.wait(transfers[TOGETHER:]) == transfers[TOGETHER:]
+
+
+def test_who_has_other_things_to_compute_is_told_what_is_there() -> None:
+    rig = Rig()
+    transfers = rig.need(1, 2)
+    assert not rig.link.arrived(transfers)
+    while not (arrived := rig.link.arrived(transfers)):
+        rig.stream.go(1)
+    assert arrived == transfers[:1]
+    rig.stream.go()
+    assert rig.link.arrived(transfers) == transfers
+
+
+def test_what_passes_through_slots_is_computed_one_by_one() -> None:
+    """So that the next is copied meanwhile: they would wait for each other's slots."""
+    rig = Rig()
+
+    def ask(part: Part, *experts: int) -> list[Transfer]:
+        rig.core.gate(0, experts)
+        return [rig.core.ask(ExpertKey(0, expert), part) for expert in experts]
+
+    passing = rig.link.tell(lambda: ask(Part.UP, 1, 2))
+    staying = rig.link.tell(lambda: ask(Part.WHOLE, 3, 4))
+    assert rig.link.wait([*passing, *staying]) == passing[:1]
+    assert rig.link.wait([*staying, *passing]) == staying
+
+
+@pytest.mark.parametrize("slow", [0.5, 3.0])
+def test_a_pause_that_takes_another_time(slow: float) -> None:
+    rig = Rig(limit=RATE / 2)
+    pause = rig.stream.pause
+    rig.stream.pause = lambda seconds: pause(slow * seconds)  # type: ignore[method-assign]
+    for expert in range(10):
+        before = rig.stream.clock
+        rig.link.wait(rig.need(expert))
+        rig.stream.go()
+        rig.link.tell(lambda: None)
+    assert rig.stream.clock - before == pytest.approx(2 * EXPERT / RATE, rel=0.02)
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -331,3 +372,82 @@ def test_a_link_that_is_lost_ends_what_it_has_begun() -> None:
     gc.collect()
     assert link() is None
     assert not stream.todo
+
+
+class Clocks(HostStreams):
+    """A clock for the lane and one for what computes; an event is a time. Copying a byte takes `per_byte`."""
+
+    def __init__(self, per_byte: float) -> None:
+        self.per_byte = per_byte
+        self.copying = self.computing = self.busy = 0.0
+
+    def mark(self, timed: bool = False) -> Any:
+        return self.computing
+
+    def wait(self, event: Any) -> None:
+        self.computing = max(self.computing, event)
+
+    def has_come(self, event: Any) -> bool:
+        return bool(event <= self.computing)
+
+    def lane(self) -> Any:
+        return ClockedLane(self)
+
+
+class ClockedLane:
+    def __init__(self, clocks: Clocks) -> None:
+        self._clocks = clocks
+
+    def after(self, event: Any) -> None:
+        self._clocks.copying = max(self._clocks.copying, event)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+        taken = target.nbytes * self._clocks.per_byte
+        self._clocks.copying += taken
+        self._clocks.busy += taken
+
+    def mark(self) -> Any:
+        return self._clocks.copying
+
+    def finish(self) -> None:
+        self._clocks.computing = max(self._clocks.computing, self._clocks.copying)
+
+
+@pytest.mark.parametrize("compute", [0.25, 0.5, 1.0, 2.0])
+def test_a_prompt_of_more_experts_than_slots_copies_while_it_computes(
+    compute: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compute: what an expert takes, in units of what its copy takes."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=32,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    clocks, computed = Clocks(1 / (3 * 48 * 40 * 4)), [0.0]
+    monkeypatch.setattr(runtime, "streams_of", lambda _: clocks)
+    work = runtime.LayerRuntime._compute
+
+    def timed(layer: Any, product: Any, call: Any, wave: Any) -> None:
+        clocks.computing += compute / 2 * len(wave)
+        computed[0] += compute / 2 * len(wave)
+        work(layer, product, call, wave)
+
+    monkeypatch.setattr(runtime.LayerRuntime, "_compute", timed)
+    model = MixtralForCausalLM(config).eval()
+    promoe_triton.patch(model, device="cpu", store="memory", slots=4, predictor="none")
+    began, busy = max(clocks.copying, clocks.computing), clocks.busy
+    clocks.copying = clocks.computing = began
+    with torch.no_grad():
+        model(torch.randint(0, 64, (1, 200)))
+    taken, copied = max(clocks.copying, clocks.computing) - began, clocks.busy - busy
+    assert copied > 25
+    # Both halves begin with a copy and end with a product, and between them all must have come.
+    assert taken <= 1.1 * max(copied, computed[0]) + 2 * (1 + compute)

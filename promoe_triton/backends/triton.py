@@ -107,7 +107,8 @@ class Places:
             raise PromoeError(f"{self.name} of experts {sorted(missing)} is not in a slot") from None
         return found
 
-    def place(self, expert: int, tensor: Tensor) -> None:
+    def place(self, expert: int, tensor: Tensor) -> bool:
+        """Note where an expert lies; whether that is another place than before."""
         if not tensor.is_contiguous():
             raise ValueError(f"{self.name}: expected a contiguous tensor, got strides {tensor.stride()}")
         memory = tensor.untyped_storage().data_ptr()
@@ -119,7 +120,9 @@ class Places:
         if offset % self._unit:
             self._unit = 1
             self._data = self._view(tensor)
+        changed = self._offsets.get(expert) != offset
         self._offsets[expert] = offset
+        return changed
 
     def remove(self, expert: int) -> None:
         self._offsets.pop(expert, None)
@@ -175,7 +178,8 @@ class TritonLayer:
         self._table = table
         shapes = {s.name: s.shape[::-1] if s.name in layout.transposed else s.shape for s in spec.tensors}
         self.dtype = spec.tensors[0].dtype
-        self._tables: dict[tuple[str, ...], list[Pool]] = {}
+        self._changes = 0
+        self._tables: dict[tuple[str, ...], tuple[int, list[Pool]]] = {}
         self._places = {s.name: Places(s, layout.experts, s.name in layout.transposed) for s in spec.tensors}
         self._columns = [shapes[name][0] for name in layout.up]
         self.F = shapes[layout.down[0]][1] if layout.down else sum(self._columns)
@@ -188,13 +192,12 @@ class TritonLayer:
             self._gate = gate if len(layout.up) == 1 else None
 
     def place(self, expert: int, tensors: ExpertTensors) -> None:
-        self._tables.clear()
         for name, tensor in tensors.items():
-            self._places[name].place(expert, tensor)
+            self._changes += self._places[name].place(expert, tensor)
             self.dtype = tensor.dtype
 
     def remove(self, expert: int) -> None:
-        self._tables.clear()
+        self._changes += 1
         for places in self._places.values():
             places.remove(expert)
 
@@ -294,10 +297,17 @@ class TritonLayer:
         return Projection(weight=pools[0], bias=pools[1] if bias else None, gate=gate)
 
     def _pools(self, names: tuple[str, ...]) -> list[Pool]:
-        """Return where all experts lie; sent to the device once, until one is placed or removed."""
-        if names not in self._tables:
-            self._tables[names] = self._sent(names, None)
-        return self._tables[names]
+        """Return where all experts lie. The tables stay where they are, as graphs may have their addresses."""
+        changes, pools = self._tables.get(names, (-1, []))
+        if changes != self._changes:
+            fresh = self._sent(names, None)
+            if pools and all(old.data is new.data for old, new in zip(pools, fresh, strict=True)):
+                for old, new in zip(pools, fresh, strict=True):
+                    old.slot_of_E.copy_(new.slot_of_E)
+            else:
+                pools = fresh
+            self._tables[names] = self._changes, pools
+        return pools
 
     def _sent(self, names: tuple[str, ...], experts: Sequence[int] | None) -> list[Pool]:
         """Send the slots of these experts to the device, all tables as one."""

@@ -37,7 +37,8 @@ def launch(kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any
         with torch.cuda.device(device):
             launch(kernel, grid, args, options)
         return
-    about = [(a.dtype, a.data_ptr() % ALIGNED == 0) if isinstance(a, Tensor) else a for a in args]
+    # Numbers with their type: 7 and 7.0 are equal, and compiled otherwise.
+    about = [(a.dtype, a.data_ptr() % ALIGNED == 0) if isinstance(a, Tensor) else (a, a.__class__) for a in args]
     key = (id(kernel), device, *about, *options.values())
     found = _compiled.get(key)
     if found is not None:

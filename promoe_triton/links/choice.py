@@ -30,7 +30,7 @@ def make_link(
         source = HostSource(store, streams)
         filler = DeviceFiller(source, _on_device(device, store, budget), streams)
         chunking = config.cuts(BUS_LATENCY)
-        if source.is_registered:
+        if source.is_direct:
             return IssuedLink(
                 filler,
                 streams,

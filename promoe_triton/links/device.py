@@ -82,11 +82,10 @@ class DeviceFiller:
         while begin < chunk.end:
             extent, end = image.extents[index], image.ends[index]
             skip = begin - (end - extent.nbytes)
-            data = self._source.read(transfer, extent, index, skip, min(chunk.end, end) - begin)
-            nbytes, first = data.numel(), extent.slot_offset + skip
-            yield slot[first : first + nbytes], data
+            nbytes, first = min(chunk.end, end) - begin, extent.slot_offset + skip
+            yield slot[first : first + nbytes], self._source.read(transfer, extent, index, skip, nbytes)
             begin += nbytes
-            index += begin == end
+            index += 1
 
     def finish(self, transfer: Transfer) -> ExpertTensors:
         self._source.check(transfer)

@@ -150,6 +150,9 @@ class FakeLink:
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         return self._arrivals.pop(key, None)
 
+    def settle(self) -> None:
+        """Nothing to do: what has arrived is there."""
+
     def drain(self, patience: float) -> bool:
         self._feed = None
         until = self._time + patience

@@ -23,7 +23,7 @@ from promoe_triton.links.device import DeviceFiller
 from promoe_triton.links.filling import ended
 from promoe_triton.links.meter import Meter
 from promoe_triton.links.streams import Lane, Streams
-from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
+from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, Part, R, Transfer
 from promoe_triton.timeline import Timeline
 
 TOGETHER = 4
@@ -34,9 +34,10 @@ LOOK = 1e-4
 
 
 class _Copy(NamedTuple):
-    """A chunk in flight, and the events before it, when it is done, and after what holds it back beyond that."""
+    """A chunk in flight, and the events before it, when it is done, and after the pause that follows, in seconds."""
 
     chunk: Chunk
+    pause: float
     begin: Any
     copied: Any
     end: Any
@@ -73,6 +74,7 @@ class IssuedLink:
         self._waits: deque[tuple[Any, Any]] = deque()
         self._waited = 0.0
         self._meter, self._copying = Meter(), Meter()  # copying: without what holds copies back
+        self._pace = 1.0
         self._bytes_moved = 0
         self._timeline: Timeline | None = None
         self._start: tuple[Any, float] = (None, 0.0)
@@ -111,8 +113,8 @@ class IssuedLink:
     def record(self, timeline: Timeline | None) -> None:
         """See `Link.record`. The times are the device's; where they begin, host and device are at one."""
         with self._lock:
-            self._look()
             self._lane.finish()
+            self._look()
             self._start = self._lane.mark(), self.now()
             self._timeline = timeline
 
@@ -129,7 +131,7 @@ class IssuedLink:
 
     def wait(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
         deadline = time.monotonic() + self._timeout
-        while not (arrived := self.arrived(transfers)):
+        while not (arrived := self._issued(transfers)):
             if time.monotonic() > deadline:
                 raise PromoeError(
                     f"no byte arrived for {self._timeout:g} s while waiting for {transfers[0].name} from "
@@ -140,11 +142,18 @@ class IssuedLink:
         return arrived
 
     def arrived(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
+        """Return those whose bytes are there: who asks has other things to compute meanwhile."""
+        arrivals, streams = self._arrivals, self._streams
+        return [t for t in self._issued(transfers) if t.key not in arrivals or streams.has_come(arrivals[t.key].event)]
+
+    def _issued(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        """Return as many as are computed together: of what passes through a slot one, so that the next is copied."""
         with self._lock:
             assert self._feed is not None
             # Not returned from here: a signal right after a call whose result is returned would leave the lock held.
             found = ended(self._feed, transfers)
-        return found[:TOGETHER]
+        passing = [t.part is not Part.WHOLE for t in found[:TOGETHER]]
+        return found[: max(passing.index(True), 1) if True in passing else TOGETHER]
 
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         arrival = self._arrivals.pop(key, None)
@@ -177,15 +186,21 @@ class IssuedLink:
             assert not self._in_flight
             self._feed, self._stopped = feed, False
 
+    def settle(self) -> None:
+        with self._lock:
+            self._lane.finish()
+            self._look()
+
     def close(self) -> None:
-        self._closed, self._feed = True, None
-        self._finalize()
+        with self._lock:
+            self._closed, self._feed = True, None
+            self._finalize()
 
     def _issue(self) -> None:
         """Give the lane what there is to copy, as far as it may be given."""
         self._look()
-        feed, lane, filler = self._feed, self._lane, self._filler
-        while feed is not None and feed.backlog and not self._stopped:
+        lane, filler = self._lane, self._filler
+        while (feed := self._feed) is not None and feed.backlog and not self._stopped:
             chunk = feed.next_chunk(*self._budgets())
             if chunk is None:
                 return
@@ -195,11 +210,11 @@ class IssuedLink:
                 begin = lane.mark()
                 filler.issue(chunk, lane)
                 copied = end = lane.mark()
-                if self._limit is not None:
-                    alone = self._copying.rate
-                    lane.pause(max(nbytes / self._limit - (nbytes / alone if alone else 0.0), 0.0))
+                pause = self._pause(nbytes)
+                if pause:
+                    lane.pause(pause * self._pace)
                     end = lane.mark()
-                self._in_flight.append(_Copy(chunk, begin, copied, end))
+                self._in_flight.append(_Copy(chunk, pause, begin, copied, end))
                 if feed.landed(chunk):
                     tensors = filler.finish(transfer)
                     if feed.finished(transfer):
@@ -217,17 +232,27 @@ class IssuedLink:
         left = window - sum(copy.chunk.end - copy.chunk.begin for copy in self._in_flight)
         return sys.maxsize, left if 2 * left >= window else 0
 
+    def _pause(self, nbytes: int) -> float:
+        """Return for how many seconds more a link of limited bandwidth would copy so many bytes."""
+        if self._limit is None:
+            return 0.0
+        alone = self._copying.rate
+        return max(nbytes / self._limit - (nbytes / alone if alone else 0.0), 0.0)
+
     def _look(self) -> None:
         """Take note of what the device has done meanwhile."""
         streams, in_flight, waits = self._streams, self._in_flight, self._waits
         with self._lock:
             while in_flight and streams.has_come(in_flight[0].end):
-                chunk, begin, copied, end = in_flight.popleft()
+                chunk, pause, begin, copied, end = in_flight.popleft()
                 nbytes = chunk.end - chunk.begin
                 self._bytes_moved += nbytes
                 self._meter.add(streams.seconds(begin, end), nbytes)
                 if self._limit is not None:
                     self._copying.add(streams.seconds(begin, copied), nbytes)
+                if pause:
+                    # A device counts its cycles, which are not always as long.
+                    self._pace *= (pause / max(streams.seconds(copied, end), 0.1 * pause)) ** 0.5
                 if self._timeline is not None:
                     start, began = self._start
                     times = [began + streams.seconds(start, event) for event in (begin, copied)]
@@ -237,5 +262,7 @@ class IssuedLink:
 
 
 def _stop(lane: Lane, filler: DeviceFiller) -> None:
-    lane.finish()
-    filler.close()
+    try:
+        lane.finish()
+    finally:
+        filler.close()

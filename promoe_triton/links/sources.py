@@ -1,6 +1,7 @@
 """Where a device's slots are filled from: the host's memory, or files through a little of it.
 
-Either way the bytes that a lane copies lie in memory that the device can read by itself, if there is such memory.
+Either way the bytes that a lane copies lie in memory that the device can read by itself, if there is such memory, and
+if they are many.
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ from promoe_triton.stores.registration import Release
 
 logger = logging.getLogger(__name__)
 
-STAGED = 1 << 16
-"""Bytes below which the driver takes a copy of memory that is not registered before it returns."""
-
 
 class Converted(NamedTuple):
     """An expert as it is to lie in its slot (uint8 [slot_bytes]), and the bytes that were read for it."""
@@ -47,10 +45,7 @@ class Source(Protocol):
         ...
 
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
-        """Return bytes of the image's extent number `index`: uint8, as many as lie in one place, at most `nbytes`.
-
-        Valid until this thread's next call.
-        """
+        """Return bytes of the image's extent number `index`, uint8 [nbytes]; valid until this thread's next call."""
         ...
 
     def converted(self, transfer: Transfer, slot_bytes: int) -> Converted:
@@ -131,17 +126,14 @@ class HostSource:
     def read(self, transfer: Transfer, extent: Extent, index: int, skip: int, nbytes: int) -> Tensor:
         name = self.image(transfer).tensors[index].spec.name
         data = self._store.bytes_of(transfer.key, name)[skip : skip + nbytes]
-        address = data.data_ptr()
-        reads, end = self._registration.stretch(address)
-        if end - address < nbytes:
-            nbytes = int(end - address)
-            data = data[:nbytes]
-        return data if reads or nbytes < STAGED else self._rings.room(nbytes).slot(0)[:nbytes].copy_(data)
+        if self._registration.is_refused(data.data_ptr()):
+            return self._rings.room(nbytes).slot(0)[:nbytes].copy_(data)
+        return data
 
     @property
-    def is_registered(self) -> bool:
-        """Whether the device reads all by itself, but for what is staged."""
-        return not self._registration.refused
+    def is_direct(self) -> bool:
+        """Whether all is copied from where it rests: what is not registered the driver stages before it returns."""
+        return not self._registration.refused and self._store.lies_together
 
     def converted(self, transfer: Transfer, slot_bytes: int) -> Converted:
         raise AssertionError("what rests in memory needs no conversion")

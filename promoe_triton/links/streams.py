@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -96,32 +97,43 @@ CALIBRATION = 1 << 24
 
 class CudaLane:
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._here: contextlib.AbstractContextManager[Any] = torch.cuda.stream(self._stream)
+        self._is_own = False
         self._cycles = 0.0  # in a second
 
     def own(self) -> None:
         # To change the thread's stream for every copy takes as long as the copy.
         torch.cuda.set_stream(self._stream)
-        self._here = contextlib.nullcontext()
+        self._is_own = True
 
     def after(self, event: Any) -> None:
         self._stream.wait_event(event)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        with self._here:
+        if self._is_own:
             target.copy_(source, non_blocking=True)
+        else:
+            self._do(lambda: target.copy_(source, non_blocking=True))
 
     def pause(self, seconds: float) -> None:
         sleep: Any = torch.cuda._sleep  # a kernel that only counts cycles
-        with self._here:
-            if not self._cycles:
-                begin = self.mark()
-                sleep(CALIBRATION)
-                end = self.mark()
-                self.finish()
-                self._cycles = CALIBRATION / (begin.elapsed_time(end) / 1e3)
-            sleep(int(seconds * self._cycles))
+        if not self._cycles:
+            begin = self.mark()
+            self._do(lambda: sleep(CALIBRATION))
+            end = self.mark()
+            self.finish()
+            self._cycles = CALIBRATION / (begin.elapsed_time(end) / 1e3)
+        self._do(lambda: sleep(int(seconds * self._cycles)))
+
+    def _do(self, work: Callable[[], object]) -> None:
+        """Issue work to this stream, and come back to the thread's own whatever happens, wherever it does."""
+        before = torch.cuda.current_stream(self._device)
+        try:
+            torch.cuda.set_stream(self._stream)
+            work()
+        finally:
+            torch.cuda.set_stream(before)
 
     def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -141,6 +141,9 @@ class ThreadedLink:
     def arrival(self, key: ExpertKey) -> ExpertTensors | None:
         return self._shared.arrivals.pop(key, None)
 
+    def settle(self) -> None:
+        """Nothing to do: what has arrived is there."""
+
     def drain(self, patience: float) -> bool:
         shared = self._shared
         deadline = time.monotonic() + patience

@@ -82,6 +82,11 @@ class HostStore:
         nbytes = self._nbytes[key.layer][name]
         return flat[key.expert * nbytes : (key.expert + 1) * nbytes]
 
+    @property
+    def lies_together(self) -> bool:
+        """Whether each tensor of an expert is a range of memory, so that its bytes are a view."""
+        return all(len(mine) == len(layer) for mine, layer in zip(self._bytes, self._tensors, strict=True))
+
     def image(self, key: ExpertKey, part: Part = Part.WHOLE) -> SlotImage:
         """Lay out an expert in a slot, aligned; it has an extent for each of its tensors."""
         return self._images[key.layer][part]
