@@ -33,7 +33,7 @@ LAYOUTS = ["mixtral", "gpt_oss", "aria_text", "nemotron_h", "muse_spark", "longc
 HERE = [name for name in LAYOUTS if name in FAMILIES]
 """Older releases of transformers lack some."""
 COMPILED = ("mixtral", "gpt_oss", "nemotron_h", "muse_spark", "llama4")
-"""Those that transformers compiles as one graph."""
+"""Those that transformers compiles as one graph, and Llama 4, which it does not."""
 
 
 @pytest.fixture(autouse=True)
