@@ -80,12 +80,14 @@ class Config:
     spool_dir: folder for the spool; None takes the system's temporary folder.
     io: ``"direct"`` reads past the page cache, ``"buffered"`` through it; ``"auto"`` is buffered when all
         experts fit in available memory beside the slots.
-    depth: copies in flight from a disk, each on its own thread (and, to a GPU, its own stream).
+    depth: copies in flight, each on its own thread (and, to a GPU, its own stream); from the host's memory to a GPU
+        they are on one stream, and it counts only where chunks have a fixed size.
     chunking: how copies are cut. ``"adaptive"``: as long as `chunk` where a layer waits for them, and of what is
         copied ahead no more at a time than takes `latency` seconds, so that an urgent copy can overtake;
         ``"fixed"``: `chunk` bytes; ``"tensor"``: one tensor; ``"expert"``: `chunk` bytes, but nothing overtakes an
         expert that has begun.
-    chunk: the most bytes of one copy, as an int or a size with its unit; a multiple of 4096.
+    chunk: the most bytes of one copy, as an int or a size with its unit; a multiple of 4096. (From the host's memory to
+        a GPU ``"adaptive"`` copies whole experts where a layer waits: nothing could overtake them.)
     latency: seconds that an urgent copy may wait for what is in flight ahead of need. None: as suits the link, 4 ms
         where a disk is in the way, 0.25 ms from the host's memory to a GPU.
     bandwidth: a limit on bytes per second from the store, as a number or a size with its unit (``"1.5GB/s"``), to

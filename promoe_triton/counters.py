@@ -76,7 +76,8 @@ class Stats:
     evictions: experts that left a slot for another.
     bytes_read: bytes the link has copied, with what alignment reads along.
         Neither is counted where everything is resident on a GPU: the host would wait for it.
-    stall_seconds: time layers waited for copies.
+    stall_seconds: time layers waited for copies: the host, or a GPU by itself. From the host's memory to a GPU an
+        expert counts as there (a hit, or copied ahead on time) once its copy was issued, `Config.latency` ago at most.
     host_reads: how often the host waited for what a GPU had computed: once per call of a layer that is not resident,
         and once before the first layer and after the last, where something is predicted there.
     predicted: passes with predictions, prompts left out: the more, the more they are worth (`Config.always_predict`).

@@ -29,7 +29,7 @@ from promoe_triton.links import choice
 from promoe_triton.links.device import DeviceFiller
 from promoe_triton.links.issued import IssuedLink
 from promoe_triton.links.sources import DiskSource, HostSource, Rings
-from promoe_triton.links.streams import CudaStreams, HostStreams, Lane, Order
+from promoe_triton.links.streams import CudaLane, CudaStreams, HostStreams, Lane, Order
 from promoe_triton.memory import DeviceMemory, Slots
 from promoe_triton.prefetch import Prefetcher
 from promoe_triton.protocols import PAGE, Chunk, ExpertKey, ExpertSpec, Part, TensorSpec, Transfer
@@ -687,6 +687,34 @@ class TestStreams:
         here = first
         order.follow()
         assert first.after == ([] if captured else [second])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_lane_gives_the_thread_back_what_it_had(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream and its device, which is another, also where a copy fails. To set a stream sets its device."""
+    now: dict[str, Any] = {"device": 0, "streams": {0: "mine", 1: "other"}}
+    seen: list[tuple[int, Any]] = []
+
+    def set_stream(stream: Any) -> None:
+        now["device"] = 1
+        now["streams"][1] = stream
+
+    class Target:
+        def copy_(self, source: Any, non_blocking: bool) -> None:
+            seen.append((now["device"], now["streams"][1]))
+            if broken:
+                raise RuntimeError("lost")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "lane")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now["device"])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: now.update(device=device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["streams"][device.index])
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    lane: Any = CudaLane(torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match="lost") if broken else contextlib.nullcontext():
+        lane.copy(Target(), None)
+    assert seen == [(1, "lane")]
+    assert now == {"device": 0, "streams": {0: "mine", 1: "other"}}
 
 
 class OnDevice(Tensor):

@@ -193,6 +193,24 @@ def test_resident_weights_may_be_cast() -> None:
     assert error(output(model, "mixtral", 3), before) < 3e-2
 
 
+def test_tables_stay_where_they_are() -> None:
+    """A graph that somebody has captured reads them there."""
+    model = patched("mixtral")
+    want = output(model, "mixtral", 3)
+    layers = [module._promoe.kernels for module in model.modules() if hasattr(module, "_promoe")]
+
+    def addresses() -> list[int]:
+        return [
+            pool.slot_of_E.data_ptr() for kernels in layers for _, pools in kernels._tables.values() for pool in pools
+        ]
+
+    before = addresses()
+    model.to(DEVICE)
+    assert torch.equal(output(model, "mixtral", 3), want)
+    assert before
+    assert addresses() == before
+
+
 class TestPlaces:
     """Experts lie at distances from the beginning of one memory, in steps that keep loads aligned where all are."""
 

@@ -2,9 +2,10 @@
 
 `residency` is the share of all experts that are in slots when a call begins. The resident ones are computed in one
 wave; the others are computed in a second wave, or in one wave for each of them ("one by one"), as if their copies had
-landed by then: the time is that of the kernels, that of the link is left out. All experts lie in slots throughout, and
-which of them count as resident is drawn anew for every call. At 0 % there is a single wave, of all experts, through a
-table of the wave.
+landed by then: the time is that of the kernels, that of the link is left out. Waves are masks that lie on the device
+beforehand, where the backend sends a table with each launch. All experts lie in slots throughout, and which of them
+count as resident is drawn anew for every call. At 0 % there is a single wave, of all experts, through a table of the
+wave.
 """
 
 from __future__ import annotations

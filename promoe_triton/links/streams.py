@@ -127,13 +127,14 @@ class CudaLane:
         self._do(lambda: sleep(int(seconds * self._cycles)))
 
     def _do(self, work: Callable[[], object]) -> None:
-        """Issue work to this stream, and come back to the thread's own whatever happens, wherever it does."""
-        before = torch.cuda.current_stream(self._device)
+        """Issue work to this stream, and come back to the thread's own, and its device, whatever happens."""
+        device, before = torch.cuda.current_device(), torch.cuda.current_stream(self._device)
         try:
-            torch.cuda.set_stream(self._stream)
+            torch.cuda.set_stream(self._stream)  # which makes its device the current one
             work()
         finally:
             torch.cuda.set_stream(before)
+            torch.cuda.set_device(device)
 
     def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
