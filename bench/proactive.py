@@ -270,11 +270,8 @@ def first_look(subject: Subject, results: record.Results, length: Length, **comm
     if not results.has(FIRST_LOOK):
         results.begin()
         ids = texts(length)[0]
-        kinds: dict[str, dict[str, Any]] = {variant: options(variant) for variant in FIRST}
-        runs = {
-            variant: [decode(subject, common | {"slots": subject.experts // 2} | chosen, ids, length.warm_up)]
-            for variant, chosen in kinds.items()
-        }
+        common |= {"slots": subject.experts // 2}
+        runs = {variant: [decode(subject, common | options(variant), ids, length.warm_up)] for variant in FIRST}
         alone = decode(subject, {"slots": 1.0}, ids, length.warm_up).per_step
         resident = record.row(FIRST_LOOK, "resident", "time", "ms/token", [alone * 1e3], better="lower")
         results.write([resident, *rows_of(FIRST_LOOK, runs)])

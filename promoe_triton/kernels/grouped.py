@@ -258,33 +258,17 @@ def grouped_product(
     gather: bool,
     weighted: bool,
     tile: Tile,
+    check: bool = True,
 ) -> None:
     """Compute the sorted rows of the experts of one wave (None: of all) that are resident; others stay as they are.
 
     gather: x_MK are tokens; otherwise it is sorted as the result. weighted: multiply with the routing weights.
-    The schedule's blocks have at most tile.rows rows.
+    The schedule's blocks have at most tile.rows rows. check: see `rows.rows_product`.
     """
-    check_grouped(out_RN, x_MK, schedule, weights_TA, projection, wave_E, gather=gather, rows=tile.rows)
-    launch_grouped(out_RN, x_MK, schedule, weights_TA, projection, wave_E, gather=gather, weighted=weighted, tile=tile)
-
-
-def launch_grouped(
-    out_RN: Tensor,
-    x_MK: Tensor,
-    schedule: Schedule,
-    weights_TA: Tensor,
-    projection: Projection,
-    wave_E: Tensor | None,
-    *,
-    gather: bool,
-    weighted: bool,
-    tile: Tile,
-) -> None:
-    """See `grouped_product`; of arguments that are known to be right."""
+    if check:
+        check_grouped(out_RN, x_MK, schedule, weights_TA, projection, wave_E, gather=gather, rows=tile.rows)
     if schedule.R == 0:
         return
-    weight, bias, scale = projection.weight, projection.bias or projection.weight, projection.scale or projection.weight
-    gate, N = projection.gate, projection.N
     args = (
         out_RN,
         out_RN.stride(0),
@@ -297,31 +281,18 @@ def launch_grouped(
         schedule.blocks,
         weights_TA,
         wave_E if wave_E is not None else schedule.packed,
-        *weight.tensors,
-        *weight.data.stride(),
-        *bias.tensors,
-        bias.data.stride(0),
-        *scale.tensors,
-        scale.data.stride(0),
-        gate.alpha,
-        gate.limit,
+        *projection.arguments,
         schedule.B,
     )
     options = {
         "DIVIDE": weights_TA.shape[1] if gather else 0,
-        "N": N,
-        "K": projection.K,
-        "ACTIVATION": gate.activation,
-        "IS_GATED": gate.gated,
-        "IS_INTERLEAVED": gate.interleaved,
         "IS_WEIGHTED": weighted,
         "HAS_WAVE": wave_E is not None,
-        "HAS_BIAS": projection.bias is not None,
-        "HAS_SCALE": projection.scale is not None,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
         "GROUP": GROUP,
+        **projection.constants,
         **tile.options,
     }
-    launch(grouped_kernel, schedule.B * -(-N // tile.columns), args, options)
+    launch(grouped_kernel, schedule.B * -(-projection.N // tile.columns), args, options)

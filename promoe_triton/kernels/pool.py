@@ -13,6 +13,7 @@ distances in elements.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -85,6 +86,37 @@ class Projection:
     @property
     def experts(self) -> int:
         return self.weight.slot_of_E.shape[0]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What a kernel is given of it, in the order of both products' signatures, from w_ptr to limit.
+
+        Where there is no bias or scale the weight stands in its place, and is not read for it.
+        """
+        weight, bias, scale = self.weight, self.bias or self.weight, self.scale or self.weight
+        return (
+            *weight.tensors,
+            *weight.data.stride(),
+            *bias.tensors,
+            bias.data.stride(0),
+            *scale.tensors,
+            scale.data.stride(0),
+            self.gate.alpha,
+            self.gate.limit,
+        )
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        return {
+            "N": self.N,
+            "K": self.K,
+            "ACTIVATION": self.gate.activation,
+            "IS_GATED": self.gate.gated,
+            "IS_INTERLEAVED": self.gate.interleaved,
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SCALE": self.scale is not None,
+        }
 
 
 @triton.jit

@@ -155,32 +155,18 @@ def rows_product(
     *,
     weighted: bool,
     tile: Tile,
+    check: bool = True,
 ) -> None:
     """Compute the rows of the experts of one wave (None: of all) that are resident; the other rows stay as they are.
 
-    x_MK: one row for each token, or one for each pair. weighted: multiply with the routing weights.
+    x_MK: one row for each token, or one for each pair. weighted: multiply with the routing weights. check: raise where
+    an argument is wrong; False where all are known to be right, as that takes the host longer than the launch.
     """
-    check_rows(out_RN, x_MK, ids_TA, weights_TA, projection, wave_E)
-    launch_rows(out_RN, x_MK, ids_TA, weights_TA, projection, wave_E, weighted=weighted, tile=tile)
-
-
-def launch_rows(
-    out_RN: Tensor,
-    x_MK: Tensor,
-    ids_TA: Tensor,
-    weights_TA: Tensor,
-    projection: Projection,
-    wave_E: Tensor | None,
-    *,
-    weighted: bool,
-    tile: Tile,
-) -> None:
-    """See `rows_product`; of arguments that are known to be right."""
+    if check:
+        check_rows(out_RN, x_MK, ids_TA, weights_TA, projection, wave_E)
     R = ids_TA.numel()
     if R == 0:
         return
-    weight, bias, scale = projection.weight, projection.bias or projection.weight, projection.scale or projection.weight
-    gate, N = projection.gate, projection.N
     args = (
         out_RN,
         out_RN.stride(0),
@@ -189,29 +175,16 @@ def launch_rows(
         ids_TA,
         weights_TA,
         wave_E if wave_E is not None else ids_TA,
-        *weight.tensors,
-        *weight.data.stride(),
-        *bias.tensors,
-        bias.data.stride(0),
-        *scale.tensors,
-        scale.data.stride(0),
-        gate.alpha,
-        gate.limit,
+        *projection.arguments,
     )
     options = {
         "DIVIDE": R // x_MK.shape[0],
         "E": projection.experts,
-        "N": N,
-        "K": projection.K,
-        "ACTIVATION": gate.activation,
-        "IS_GATED": gate.gated,
-        "IS_INTERLEAVED": gate.interleaved,
         "IS_WEIGHTED": weighted,
         "HAS_WAVE": wave_E is not None,
-        "HAS_BIAS": projection.bias is not None,
-        "HAS_SCALE": projection.scale is not None,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
+        **projection.constants,
         **tile.options,
     }
-    launch(rows_kernel, R * -(-N // tile.columns), args, options)
+    launch(rows_kernel, R * -(-projection.N // tile.columns), args, options)

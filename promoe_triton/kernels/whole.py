@@ -9,9 +9,9 @@ from torch import Tensor
 
 from promoe_triton.kernels.checks import check_device, check_routing
 from promoe_triton.kernels.combine import combine
-from promoe_triton.kernels.grouped import launch_grouped
+from promoe_triton.kernels.grouped import grouped_product
 from promoe_triton.kernels.pool import Projection
-from promoe_triton.kernels.rows import launch_rows
+from promoe_triton.kernels.rows import rows_product
 from promoe_triton.kernels.schedule import Schedule, schedule
 from promoe_triton.kernels.tiles import Call, Shape, TileTable
 
@@ -50,10 +50,12 @@ def product(
     shape = Shape(N=projection.N, K=projection.K, gated=gated, transposed=projection.is_transposed, small=small)
     if rows is None:
         tile = table.rows(call, shape)
-        launch_rows(out, x, ids_TA, weights_TA, projection, wave_E, weighted=weighted, tile=tile)
+        rows_product(out, x, ids_TA, weights_TA, projection, wave_E, weighted=weighted, tile=tile, check=False)
     else:
         tile = table.grouped(call, shape)
-        launch_grouped(out, x, rows, weights_TA, projection, wave_E, gather=up, weighted=weighted, tile=tile)
+        grouped_product(
+            out, x, rows, weights_TA, projection, wave_E, gather=up, weighted=weighted, tile=tile, check=False
+        )
 
 
 def layer(
