@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from promoe_triton.budget import Budget, free_memory
@@ -17,6 +20,8 @@ from promoe_triton.memory import DeviceMemory, SlotMemory
 from promoe_triton.protocols import ExpertSpec, Link
 from promoe_triton.stores.checkpoint import CheckpointStore
 from promoe_triton.stores.host import HostStore
+
+M = TypeVar("M")
 
 
 def make_link(
@@ -46,26 +51,23 @@ def _from_files(
     config: Config, device: torch.device, streams: Streams, store: CheckpointStore, budget: Budget
 ) -> Filler:
     direct = direct_io(config, store, budget, device)
-    if device.type != "cpu":
-        return DeviceFiller(DiskSource(store, streams, direct), _on_device(device, store, budget), streams)
-    sizes = dict(zip(store.specs, budget.slot_bytes, strict=True))
-    memories = {spec: SlotMemory(n, sizes[spec]) for spec, n in _slots(store, budget).items()}
-    return SlotFiller(store, [memories[spec] for spec in store.specs], direct)
+    if device.type == "cpu":
+        return SlotFiller(store, _memories(store, budget, SlotMemory), direct)
+    return DeviceFiller(DiskSource(store, streams, direct), _on_device(device, store, budget), streams)
 
 
 def _on_device(device: torch.device, store: CheckpointStore | HostStore, budget: Budget) -> list[DeviceMemory]:
-    """Take memory for the slots of each layer on a device."""
-    sizes = dict(zip(store.specs, budget.slot_bytes, strict=True))
-    memories = {spec: DeviceMemory(n, sizes[spec], device) for spec, n in _slots(store, budget).items()}
-    return [memories[spec] for spec in store.specs]
+    return _memories(store, budget, lambda slots, slot_bytes: DeviceMemory(slots, slot_bytes, device))
 
 
-def _slots(store: CheckpointStore | HostStore, budget: Budget) -> dict[ExpertSpec, int]:
-    """Return how many slots there are for experts alike."""
+def _memories(store: CheckpointStore | HostStore, budget: Budget, make: Callable[[int, int], M]) -> list[M]:
+    """Take memory for the slots of each layer; experts alike share it. make: from slots and bytes of each."""
     slots: dict[ExpertSpec, int] = {}
     for spec, share in zip(store.specs, budget.slots_of_layer, strict=True):
         slots[spec] = slots.get(spec, 0) + share
-    return slots
+    sizes = dict(zip(store.specs, budget.slot_bytes, strict=True))
+    made = {spec: make(count, sizes[spec]) for spec, count in slots.items()}
+    return [made[spec] for spec in store.specs]
 
 
 def direct_io(config: Config, store: CheckpointStore, budget: Budget, device: torch.device) -> bool:

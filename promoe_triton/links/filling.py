@@ -23,6 +23,13 @@ def ended(feed: Feed, transfers: Sequence[Transfer]) -> list[Transfer]:
     return arrived
 
 
+def nothing_came(filler: Filler, transfers: Sequence[Transfer], timeout: float) -> PromoeError:
+    """Return the error of a wait for these transfers that was given up after so many seconds."""
+    return PromoeError(
+        f"no byte arrived for {timeout:g} s while waiting for {transfers[0].name} from {filler.source(transfers[0])}"
+    )
+
+
 class Filler(Protocol):
     """What a link copies with."""
 

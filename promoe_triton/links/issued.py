@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
 from promoe_triton.links.device import DeviceFiller
-from promoe_triton.links.filling import ended
+from promoe_triton.links.filling import ended, nothing_came
 from promoe_triton.links.meter import Meter
 from promoe_triton.links.streams import Lane, Streams
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, Part, R, Transfer
@@ -133,10 +133,7 @@ class IssuedLink:
         deadline = time.monotonic() + self._timeout
         while not (arrived := self._issued(transfers)):
             if time.monotonic() > deadline:
-                raise PromoeError(
-                    f"no byte arrived for {self._timeout:g} s while waiting for {transfers[0].name} from "
-                    f"{self._filler.source(transfers[0])}"
-                )
+                raise nothing_came(self._filler, transfers, self._timeout)
             time.sleep(LOOK)
             self.tell(lambda: None)
         return arrived

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
-from promoe_triton.links.filling import Filler, ended
+from promoe_triton.links.filling import Filler, ended, nothing_came
 from promoe_triton.links.meter import Meter
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
 from promoe_triton.timeline import Timeline
@@ -124,10 +124,7 @@ class ThreadedLink:
                 if shared.bytes_moved != moved:
                     moved, since = shared.bytes_moved, time.monotonic()
                 elif time.monotonic() - since >= self._timeout:
-                    raise PromoeError(
-                        f"no byte arrived for {self._timeout:g} s while waiting for {transfers[0].name} from "
-                        f"{shared.filler.source(transfers[0])}"
-                    )
+                    raise nothing_came(shared.filler, transfers, self._timeout)
             return arrived
 
     def arrived(self, transfers: Sequence[Transfer]) -> list[Transfer]:
