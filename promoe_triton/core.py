@@ -18,7 +18,7 @@ from typing import Any
 
 from promoe_triton.admission import Admission, places
 from promoe_triton.config import Config
-from promoe_triton.protocols import Chunk, Cuts, ExpertKey, Part, Transfer
+from promoe_triton.protocols import Chunk, Cuts, ExpertKey, Part, Transfer, expert_key
 from promoe_triton.slots import SlotTable
 from promoe_triton.techniques import Technique
 from promoe_triton.transfers import URGENT, TransferQueue
@@ -28,7 +28,7 @@ STREAM_BUFFERS = 2
 """Slots that experts pass through when a call needs more of them than there are slots."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Needs:
     """The experts of one call: resident ones (leased), those that will stay, and those that pass through.
 
@@ -128,32 +128,33 @@ class Core:
             come last in the order of recency.
         """
         table = self.tables[layer]
-        keys = [ExpertKey(layer, expert) for expert in experts]
+        keys = [expert_key(layer, expert) for expert in experts]
         if self._ghosts:
             self.absent += self._ghosts[table].misses(keys)
         self._advance(layer)
-        self._closed.pop(table, None)
-        self._settle_guesses(layer, set(keys))
-        resident, missing = [], []
+        self._reopen(table)
+        self._settle_guesses(layer, {key.expert for key in keys})
         ready = table.ready()
+        resident: list[ExpertKey] = []
+        missing: list[ExpertKey] = []
         for key in keys:
             if key in self._unproven:
                 self._prove(key)
-            if key in ready:
-                table.lease(key, recent is None)
-                resident.append(key)
-                continue
-            missing.append(key)
-            if recent is None:
-                table.touch(key)
+            is_ready = key in ready
+            (resident if is_ready else missing).append(key)
             if not self._reorder:
+                table.lease([key] if is_ready else [])
+                table.touch([key] if recent is None else [])
                 table.make_room(len(missing))
+        if self._reorder:
+            table.lease(resident)
+            table.touch(keys if recent is None else [])
         self._cold[layer] = {*missing} if recent is not None else set()
-        needed = {key.expert: key for key in keys} if recent else {}
-        for expert in recent or ():
-            if expert in needed:
-                table.touch(needed[expert])
-                self._cold[layer].discard(needed[expert])
+        if recent:
+            needed = {key.expert: key for key in keys}
+            used = [needed[expert] for expert in recent if expert in needed]
+            table.touch(used)
+            self._cold[layer].difference_update(used)
         if self._reorder and len(missing) > 1:
             # What is furthest on its way comes first: the order of computation is that of arrival.
             missing.sort(key=lambda key: -self._begun(key))
@@ -182,7 +183,8 @@ class Core:
         One that has come since the gate is leased, and its transfer has ended.
         """
         if self.tables[key.layer].is_ready(key):
-            self.tables[key.layer].lease(key)
+            self.tables[key.layer].lease([key])
+            self.tables[key.layer].touch([key])
             return Transfer(key=key, part=part)
         known = self._on_way.get(key)
         if known is not None and known.part == part and known not in self.queue.errors:
@@ -195,19 +197,20 @@ class Core:
         self._push(transfer, self._cuts(transfer), URGENT)
         return transfer
 
-    def ended(self, transfer: Transfer) -> bool:
-        """Whether an urgent transfer has arrived, and its expert can be read, or has failed."""
-        return transfer not in self.queue or transfer in self.queue.errors
+    def ended(self, transfers: Iterable[Transfer]) -> list[Transfer]:
+        """Return those of these urgent transfers that have arrived, and their experts can be read, or have failed."""
+        return self.queue.ended(transfers)
 
     def error(self, transfer: Transfer) -> BaseException | None:
         """Return what a transfer failed with."""
         return self.queue.errors.get(transfer)
 
-    def release(self, keys: Iterable[ExpertKey]) -> None:
-        """These leased experts are not read any more."""
-        for key in keys:
-            self.tables[key.layer].release(key)
-            self._closed.pop(self.tables[key.layer], None)
+    def release(self, keys: Sequence[ExpertKey]) -> None:
+        """These leased experts of one layer are not read any more."""
+        if keys:
+            table = self.tables[keys[0].layer]
+            table.release(keys)
+            self._reopen(table)
 
     def discard(self, key: ExpertKey) -> None:
         """An expert that passes through is not read any more, and its slot is free."""
@@ -326,14 +329,16 @@ class Core:
     def _advance(self, layer: int) -> None:
         self.position = self.position_of(layer, 0)
 
-    def _settle_guesses(self, layer: int, needed: Collection[ExpertKey]) -> None:
+    def _settle_guesses(self, layer: int, needed: Collection[int]) -> None:
         """Learn from what a layer was expected to need, and drop what it does not (paper: early preemption)."""
-        self.admission.settle(layer, {key.expert for key in needed})
+        self.admission.settle(layer, needed)
         expected = self._expected[layer]
-        for key in [key for key, position in expected.items() if position <= self.position]:
+        due = [key for key, position in expected.items() if position <= self.position]
+        for key in due:
             del expected[key]
+        for key in due if self._preempt and self._on_way else ():
             on_way = self._on_way.get(key)
-            if self._preempt and key not in needed and on_way is not None and not self.queue.complete(on_way):
+            if on_way is not None and key.expert not in needed and not self.queue.complete(on_way):
                 self._tallies[layer].dropped += self._unproven.pop(key, None) is not None
                 self._drop(on_way)
 
@@ -396,16 +401,21 @@ class Core:
 
     def _vacate(self, key: ExpertKey) -> None:
         self.tables[key.layer].drop(key)
-        self._closed.pop(self.tables[key.layer], None)
+        self._reopen(self.tables[key.layer])
 
-    def _start(self, transfer: Transfer, rank: int) -> bool:
-        """Take a slot for a transfer whose first chunk is about to be written; False where there is none now."""
+    def _reopen(self, table: SlotTable) -> None:
+        """Something in a table may leave that might not before."""
+        self._closed.pop(table, None)
+        self.queue.reopen()
+
+    def _start(self, transfer: Transfer, rank: int) -> bool | None:
+        """Take a slot for a transfer whose first chunk is about to be written; see `TransferQueue.next_chunk`."""
         key = transfer.key
         table = self.tables[key.layer]
+        if rank >= self._closed.get(table, inf):
+            return None
         if table.slot_of(key) is not None:
             return False  # bytes of a copy that was dropped are still in flight
-        if rank >= self._closed.get(table, inf):
-            return False
         if rank == URGENT:
             cold = key in self._cold[key.layer]
             slot = table.admit(key, _Expected(self._expected, inf), cold)
@@ -414,12 +424,12 @@ class Core:
             if slot is None and self._sacrifice(table) and (slot := table.admit(key, cold=cold)) is None:
                 return False  # what is in flight of it comes to its end first
         elif len(self.queue) >= len(table) and sum(t.slot >= 0 for t in self._speculation(table)) >= len(table) - 1:
-            return False  # one slot is closed to speculation
+            return None  # one slot is closed to speculation
         else:
             slot = table.admit(key, _Expected(self._expected, rank + 1))
         if slot is None:
             self._closed[table] = rank
-            return False
+            return None
         transfer.slot = slot
         return True
 

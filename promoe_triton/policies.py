@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from promoe_triton.protocols import ExpertKey, Policy
 
@@ -35,9 +36,10 @@ class LRU:
         if cold:
             self._order.move_to_end(key, last=False)
 
-    def used(self, key: ExpertKey) -> None:
-        if key in self._order:
-            self._order.move_to_end(key)
+    def used(self, keys: Iterable[ExpertKey]) -> None:
+        for key in keys:
+            if key in self._order:
+                self._order.move_to_end(key)
 
     expected = used
 
@@ -73,9 +75,10 @@ class LFRU:
         if cold:
             self._uses[key] = 0
 
-    def used(self, key: ExpertKey) -> None:
-        if key in self._uses:
-            self._touch(key)
+    def used(self, keys: Iterable[ExpertKey]) -> None:
+        for key in keys:
+            if key in self._uses:
+                self._touch(key)
 
     expected = used
 
@@ -107,26 +110,49 @@ class Predicted:
     def __init__(self) -> None:
         # What counts grows instead of what was counted shrinking: no event touches more than one expert.
         self._one = 1.0
+        self._known, self._growth = 0, 1.0
         self._counts: dict[ExpertKey, float] = {}
-        self._inside: dict[ExpertKey, None] = {}
+        # Which admission brought it in.
+        self._inside: dict[ExpertKey, int] = {}
+        self._admissions = 0
         self._cold: dict[ExpertKey, None] = {}
+        # Sorted by the count as it was when last looked at, and by admission: of equals the first to come in leaves.
+        # Counts only grow, so that only what stands before the victim has to be looked at.
+        self._order: list[tuple[float, int, ExpertKey]] = []
 
     def admitted(self, key: ExpertKey, cold: bool = False) -> None:
-        self._counts.setdefault(key, 0.0)
-        self._inside[key] = None
+        count = self._counts.setdefault(key, 0.0)
+        self._admissions += 1
+        self._inside[key] = self._admissions
+        if len(self._order) > 2 * len(self._inside):
+            self._sort()
+        else:
+            insort(self._order, (count, self._admissions, key))
         if cold:
             self._cold[key] = None
 
-    def used(self, key: ExpertKey) -> None:
-        self._counts[key] = self._counts.get(key, 0.0) + self._one
-        self._cold.pop(key, None)
-        self._one *= 2.0 ** (1.0 / (self.HALF_LIFE * len(self._counts)))
-        if self._one > 1e100:
-            self._counts = {key: count / self._one for key, count in self._counts.items()}
-            self._one = 1.0
+    def _sort(self) -> None:
+        self._order = sorted((self._counts[key], admission, key) for key, admission in self._inside.items())
 
-    def expected(self, key: ExpertKey) -> None:
-        self._counts[key] = self._counts.get(key, 0.0) + self.NEARLY * self._one
+    def used(self, keys: Iterable[ExpertKey]) -> None:
+        counts, cold = self._counts, self._cold
+        for key in keys:
+            counts[key] = counts.get(key, 0.0) + self._one
+            if cold:
+                cold.pop(key, None)
+            if self._known != len(counts):
+                self._known = len(counts)
+                self._growth = 2.0 ** (1.0 / (self.HALF_LIFE * self._known))
+            self._one *= self._growth
+        if self._one > 1e100:
+            self._counts = {key: count / self._one for key, count in counts.items()}
+            self._one = 1.0
+            self._sort()
+
+    def expected(self, keys: Iterable[ExpertKey]) -> None:
+        counts, more = self._counts, self.NEARLY * self._one
+        for key in keys:
+            counts[key] = counts.get(key, 0.0) + more
 
     def evicted(self, key: ExpertKey) -> None:
         del self._inside[key]
@@ -136,13 +162,20 @@ class Predicted:
         for key in self._cold:
             if key not in kept:
                 return key
-        # Of equals the first is taken, and the order is that of admission: first in, first out. To ask what is kept
-        # takes longer than to sort, and mostly the very least may leave.
-        count = self._counts.__getitem__
-        least = min(self._inside, key=count, default=None)
-        if least is None or least not in kept:
-            return least
-        return next((key for key in sorted(self._inside, key=count) if key not in kept), None)
+        order, counts, inside = self._order, self._counts, self._inside
+        at = 0
+        while at < len(order):
+            count, admission, key = order[at]
+            if inside.get(key) != admission:
+                del order[at]
+            elif counts[key] != count:
+                del order[at]
+                insort(order, (counts[key], admission, key))
+            elif key in kept:
+                at += 1
+            else:
+                return key
+        return None
 
 
 class Static:
@@ -158,7 +191,7 @@ class Static:
     def admitted(self, key: ExpertKey, cold: bool = False) -> None:
         self._order[key] = None
 
-    def used(self, key: ExpertKey) -> None:
+    def used(self, keys: Iterable[ExpertKey]) -> None:
         pass
 
     expected = used

@@ -11,6 +11,7 @@ Nothing here touches a device, a thread, a clock or a file.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class ExpertKey(NamedTuple):
 
     layer: int
     expert: int
+
+
+expert_key = functools.cache(ExpertKey)
+"""The key of an expert, made once: there are as many as the model has experts, and every layer wants some each time."""
 
 
 class Part(enum.Flag):
@@ -175,8 +180,8 @@ class Feed(Protocol):
         """Note that the chunk could not be copied; no more of its transfer is handed out."""
         ...
 
-    def ended(self, transfer: Transfer) -> bool:
-        """Whether a transfer has arrived, and its expert can be read, or has failed."""
+    def ended(self, transfers: Iterable[Transfer]) -> list[Transfer]:
+        """Return those of these transfers that have arrived, and their experts can be read, or have failed."""
         ...
 
     def error(self, transfer: Transfer) -> BaseException | None:
@@ -282,12 +287,12 @@ class Policy(Protocol):
         """`key` has taken a slot; its bytes are on their way. cold: until it is used, it is the next to leave."""
         ...
 
-    def used(self, key: ExpertKey) -> None:
-        """`key` was asked for by the layer, whether it is in a slot or not."""
+    def used(self, keys: Iterable[ExpertKey]) -> None:
+        """The layer asked for these, one after the other, whether they are in slots or not."""
         ...
 
-    def expected(self, key: ExpertKey) -> None:
-        """`key` was named by a predictor that is worth it, whether it is in a slot or not."""
+    def expected(self, keys: Iterable[ExpertKey]) -> None:
+        """A predictor that is worth it named these, the likeliest last, whether they are in slots or not."""
         ...
 
     def evicted(self, key: ExpertKey) -> None:

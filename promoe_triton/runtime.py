@@ -27,7 +27,7 @@ from promoe_triton.policies import make_policy
 from promoe_triton.predictors.choice import make_predictor
 from promoe_triton.predictors.reach import Reach
 from promoe_triton.prefetch import Outlook, Prefetcher, read
-from promoe_triton.protocols import Call, ExpertKey, Link, Part, Policy, Predictor, Store, Transfer
+from promoe_triton.protocols import Call, ExpertKey, Link, Part, Policy, Predictor, Store, Transfer, expert_key
 from promoe_triton.slots import SlotTable
 from promoe_triton.speculation import PROMPT
 from promoe_triton.stores.checkpoint import CheckpointStore
@@ -69,7 +69,7 @@ class LayerRuntime:
         self.layout = layout
         self.table = table
         self.kernels = model.backend.layer(module, layout, model.store.specs[index])
-        self.keys = [ExpertKey(index, expert) for expert in range(layout.experts)]
+        self.keys = [expert_key(index, expert) for expert in range(layout.experts)]
         self.uses = [0] * layout.experts
         self.resident = False
         self._bound = table is not None

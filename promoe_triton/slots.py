@@ -62,34 +62,35 @@ class SlotTable:
         """Slots that `admit` could give out now: free ones and those of experts nobody leases."""
         return len(self._free) + len(self._slot_of) - len(self._leases)
 
-    def lease(self, key: ExpertKey, used: bool = True) -> None:
-        """Promise not to evict a ready expert until as many `release` calls have come; count it as used, or not."""
-        if key not in self._ready:
-            raise ValueError(f"{key} is not ready and cannot be leased")
-        self._leases[key] = self._leases.get(key, 0) + 1
-        if used:
-            self._policy.used(key)
+    def lease(self, keys: Iterable[ExpertKey]) -> None:
+        """Promise not to evict ready experts until as many `release` calls have come for each."""
+        ready, leases = self._ready, self._leases
+        for key in keys:
+            if key not in ready:
+                raise ValueError(f"{key} is not ready and cannot be leased")
+            leases[key] = leases.get(key, 0) + 1
 
-    def release(self, key: ExpertKey) -> None:
-        """Give one lease back."""
-        count = self._leases.get(key)
-        if count is None or key not in self._ready:
-            raise ValueError(f"{key} has no lease to release")
-        if count == 1:
-            del self._leases[key]
-        else:
-            self._leases[key] = count - 1
+    def release(self, keys: Iterable[ExpertKey]) -> None:
+        """Give back one lease of each."""
+        ready, leases = self._ready, self._leases
+        for key in keys:
+            count = leases.get(key)
+            if count is None or key not in ready:
+                raise ValueError(f"{key} has no lease to release")
+            if count == 1:
+                del leases[key]
+            else:
+                leases[key] = count - 1
 
-    def touch(self, key: ExpertKey) -> None:
-        """Count an expert as used, in a slot or not, without a lease."""
-        self._policy.used(key)
+    def touch(self, keys: Iterable[ExpertKey]) -> None:
+        """Count experts as used, one after the other, in slots or not."""
+        self._policy.used(keys)
 
     def expect(self, keys: Iterable[ExpertKey]) -> None:
-        """Count experts as predicted, in slots or not."""
-        for key in keys:
-            self._policy.expected(key)
+        """Count experts as predicted, the likeliest last, in slots or not."""
+        self._policy.expected(keys)
 
-    def admit(self, key: ExpertKey, kept: Container[ExpertKey] = (), cold: bool = False) -> int | None:
+    def admit(self, key: ExpertKey, kept: Container[ExpertKey] | None = None, cold: bool = False) -> int | None:
         """Take a slot for an absent expert and lease it; None where all others are leased or `kept`.
 
         cold: it is not needed again soon, and the first to leave.
@@ -106,11 +107,13 @@ class SlotTable:
 
     def make_room(self, slots: int) -> None:
         """Evict experts until so many slots are free, or all that are left are leased."""
-        while len(self._free) < slots and self._evict(()):
+        while len(self._free) < slots and self._evict():
             pass
 
-    def _evict(self, kept: Container[ExpertKey]) -> bool:
-        victim = self._policy.victim(_Either(self._leases, kept))
+    def _evict(self, kept: Container[ExpertKey] | None = None) -> bool:
+        if len(self._leases) == len(self._slot_of):
+            return False
+        victim = self._policy.victim(self._leases if kept is None else _Either(self._leases, kept))
         if victim is None:
             return False
         self._vacate(victim)

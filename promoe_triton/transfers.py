@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from itertools import filterfalse
+from math import ceil, inf
 
 from promoe_triton.protocols import Chunk, Transfer, round_up
 
@@ -48,10 +49,14 @@ class TransferQueue:
     """
 
     def __init__(self, overtake: bool = True) -> None:
-        self._order = _urgency if overtake else _begun_first
+        self._overtake = overtake
         self._pushed = 0
         self._progress: dict[Transfer, _Progress] = {}
         self._waiting: dict[Transfer, _Progress] = {}
+        # Those waiting, the most urgent last, with some that do not wait any more; None: in another order by now.
+        self._sorted: list[tuple[Transfer, _Progress]] | None = []
+        # Up to which rank nothing could be handed out when last asked, and nothing has changed since.
+        self._idle: float = -1
         self.errors: dict[Transfer, BaseException] = {}
 
     def __contains__(self, transfer: Transfer) -> bool:
@@ -75,30 +80,52 @@ class TransferQueue:
         No chunk goes past an end (where one range of a file is followed by another), except that `whole` ones are
         handed out as a single chunk.
         """
-        self._progress[transfer] = self._waiting[transfer] = _Progress(ends, ends[-1], whole, rank, self._pushed)
+        self._progress[transfer] = progress = _Progress(ends, ends[-1], whole, rank, self._pushed)
         self._pushed += 1
+        self._wait(transfer, progress)
+
+    def _wait(self, transfer: Transfer, progress: _Progress) -> None:
+        self._waiting[transfer] = progress
+        self._sorted = None
+        self.reopen()
+
+    def reopen(self) -> None:
+        """What could not start may start now."""
+        self._idle = -1
 
     def next_chunk(
-        self, budget: int, speculative_budget: int | None, start: Callable[[Transfer, int], bool]
+        self, budget: int, speculative_budget: int | None, start: Callable[[Transfer, int], bool | None]
     ) -> Chunk | None:
         """Hand out at most `budget` bytes of the most urgent transfer; of speculation, at most its own budget.
 
         No speculation is handed out where its budget is 0.
 
-        start: takes a slot for a transfer of some rank whose first chunk comes next; False where there is none now.
+        start: takes a slot for a transfer of some rank whose first chunk comes next; False where that cannot be now,
+            None where no other of its layer and of this rank or a later one could start either.
         """
-        waiting = list(self._waiting.items())
-        if speculative_budget == 0:
-            waiting = [item for item in waiting if item[1].rank == URGENT]
-        if len(waiting) > 1:
-            waiting.sort(key=self._order)
-        for transfer, progress in waiting:
+        asked = URGENT if speculative_budget == 0 else inf
+        if asked <= self._idle:
+            return None
+        waiting, order = self._waiting, self._sorted
+        if order is None:
+            key = _urgency if self._overtake else _begun_first
+            order = self._sorted = sorted(waiting.items(), key=key, reverse=True)
+        while order and order[-1][0] not in waiting:
+            order.pop()
+        shut = set()
+        for transfer, progress in reversed(order):
             most = budget
             if speculative_budget is not None and progress.rank != URGENT:
                 most = min(budget, speculative_budget)
             # `start` may have stopped another one to make room.
-            if transfer in self._waiting and (progress.cursor or start(transfer, progress.rank)):
+            if not most or transfer not in waiting or (not progress.cursor and transfer.key.layer in shut):
+                continue
+            started = True if progress.cursor else start(transfer, progress.rank)
+            if started:
                 return self._cut(transfer, progress, most)
+            if started is None:
+                shut.add(transfer.key.layer)
+        self._idle = asked
         return None
 
     def _cut(self, transfer: Transfer, progress: _Progress, budget: int) -> Chunk:
@@ -113,6 +140,8 @@ class TransferQueue:
                 if (left := end - begin) > budget:
                     # Chunks of equal size: a small last one costs nearly as much as a large one.
                     end = begin + min(budget, round_up(ceil(left / ceil(left / budget))))
+            if not begin and not self._overtake:
+                self._sorted = None
             progress.cursor = end
         progress.in_flight += 1
         if progress.cursor == progress.nbytes and not progress.again:
@@ -136,10 +165,17 @@ class TransferQueue:
         progress.in_flight -= 1
         if chunk.speculative and progress.rank == URGENT and not progress.stopped:
             progress.again.append(chunk)
-            self._waiting[chunk.transfer] = progress
+            self._wait(chunk.transfer, progress)
             return
         self.errors.setdefault(chunk.transfer, error)
         self.stop(chunk.transfer)
+
+    def ended(self, transfers: Iterable[Transfer]) -> list[Transfer]:
+        """Return those of these transfers that are not known any more, or have failed."""
+        known, errors = self._progress, self.errors
+        if not errors:
+            return [*filterfalse(known.__contains__, transfers)]  # of a prompt there are many
+        return [transfer for transfer in transfers if transfer not in known or transfer in errors]
 
     def rank(self, transfer: Transfer) -> int:
         return self._progress[transfer].rank
@@ -147,11 +183,14 @@ class TransferQueue:
     def promote(self, transfer: Transfer, rank: int) -> None:
         """Give a transfer a lower rank; one that was stopped while it had chunks in flight goes on with this one."""
         progress = self._progress[transfer]
-        progress.rank = rank if progress.stopped else min(progress.rank, rank)
+        rank = rank if progress.stopped else min(progress.rank, rank)
+        if rank != progress.rank:
+            progress.rank, self._sorted = rank, None
+            self.reopen()
         if progress.stopped and transfer not in self.errors:
             progress.stopped = False
             if not progress.handed_out:
-                self._waiting[transfer] = progress
+                self._wait(transfer, progress)
 
     def stop(self, transfer: Transfer) -> None:
         """Hand out no further chunk of this transfer."""

@@ -151,7 +151,7 @@ class Driven(RuleBasedStateMachine):
     def settle(self, pending: list[Transfer]) -> Transfer:
         """Wait as a layer does: a bounded number of steps of the link must bring one of these."""
         for _ in range(2000):
-            done = next((transfer for transfer in pending if self.core.ended(transfer)), None)
+            done = next(iter(self.core.ended(pending)), None)
             if done is not None:
                 assert self.core.error(done) is None
                 pending.remove(done)
@@ -335,6 +335,35 @@ def test_one_slot_is_closed_to_speculation() -> None:
         core.predict(core.position_of(layer, 0), [ExpertKey(layer, e) for e in range(4)], 100 * PAGE)
     started = [drive(core, budget=PAGE) for _ in range(30)]
     assert {t.key.layer for t in started if t} == {1}
+
+
+@pytest.mark.parametrize("how", ["release", "discard"])
+def test_a_slot_that_is_given_back_is_taken_at_once(how: str) -> None:
+    core = make_core([2, 2, 2])
+    fill(core, 0, [0, 1])
+    resident = core.gate(0, [0, 1]).resident
+    core.predict(core.position_of(0, 1), [ExpertKey(0, 2)], 100 * PAGE)
+    assert drive(core) is None, "both slots are leased"
+    if how == "release":
+        core.release(resident)
+    else:
+        core.discard(resident[0])
+    ahead = drive(core)
+    assert ahead is not None
+    assert ahead.key == ExpertKey(0, 2)
+
+
+def test_an_expert_that_cannot_start_yet_holds_up_no_other_of_its_layer() -> None:
+    core = make_core([4, 4, 4])
+    core.predict(core.position_of(0, 0), [ExpertKey(0, 1)], 100 * PAGE)
+    chunk = core.next_chunk(PAGE)
+    assert chunk is not None
+    core.gate(0, [1, 2])
+    core.ask(ExpertKey(0, 1), Part.UP)
+    core.ask(ExpertKey(0, 2), Part.WHOLE)
+    other = drive(core)
+    assert other is not None
+    assert other.key == ExpertKey(0, 2), "bytes of a copy of expert 1 in another form are still in flight"
 
 
 def test_a_prediction_that_comes_true_twice_counts_once() -> None:

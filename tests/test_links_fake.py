@@ -98,6 +98,13 @@ def test_waiting_for_what_cannot_come_is_an_error_and_no_hang() -> None:
         link.wait([transfer])
 
 
+def test_a_copy_that_fails_is_told_to_who_waits_for_it() -> None:
+    link, core = make(Wire(fault=lambda chunk: OSError("mine")))
+    transfer = link.tell(lambda: (core.gate(0, [1]), core.ask(ExpertKey(0, 1), Part.WHOLE))[1])
+    with pytest.raises(PromoeError, match="expert 1 of MoE layer 0 could not be read: mine"):
+        link.wait([transfer])
+
+
 def test_a_drain_has_the_patience_it_is_given() -> None:
     link, core = make(Wire(bandwidth=BANDWIDTH))
     link.tell(lambda: (core.gate(0, [1]), core.ask(ExpertKey(0, 1), Part.WHOLE)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ def play(policy: Policy, events: str) -> Policy:
             policy.evicted(key)
             inside.remove(event[-1])
         elif event in inside:
-            policy.used(key)
+            policy.used([key])
         else:
             policy.admitted(key)
             inside.add(event)
@@ -79,11 +81,11 @@ def test_static(events: str, victim: ExpertKey | None) -> None:
 def test_what_was_counted_of_an_expert_outlives_its_slot() -> None:
     policy = Predicted()
     for key in (A, B, C):
-        policy.used(key)
+        policy.used([key])
         policy.admitted(key)
-    policy.used(A)
+    policy.used([A])
     policy.evicted(A)
-    policy.used(B)
+    policy.used([B])
     policy.admitted(A)
     assert policy.victim(set()) == C
     assert policy.victim({C}) == A, "both were used twice, B later"
@@ -93,24 +95,24 @@ def test_predictions_count_for_less_than_uses() -> None:
     policy = Predicted()
     for key in (A, B, C):
         policy.admitted(key)
-    policy.used(C)
-    policy.expected(B)
+    policy.used([C])
+    policy.expected([B])
     assert [policy.victim(set()), policy.victim({A}), policy.victim({A, B})] == [A, B, C]
     for _ in range(5):
-        policy.expected(B)
+        policy.expected([B])
     assert policy.victim({A}) == C
 
 
 def test_what_is_cold_leaves_first_until_it_is_used() -> None:
     policy = Predicted()
     for key in (A, B):
-        policy.used(key)
-        policy.used(key)
+        policy.used([key])
+        policy.used([key])
     policy.admitted(A)
     policy.admitted(B, cold=True)
-    policy.expected(B)
+    policy.expected([B])
     assert policy.victim(set()) == B
-    policy.used(B)
+    policy.used([B])
     assert policy.victim(set()) == A
 
 
@@ -118,13 +120,51 @@ def test_counts_stay_finite() -> None:
     policy = Predicted()
     policy.admitted(A)
     for _ in range(20_000):
-        policy.used(A)
+        policy.used([A])
     policy.admitted(B)
-    policy.used(B)
+    policy.used([B])
     assert policy.victim(set()) == B
     for _ in range(60):
-        policy.used(B)
+        policy.used([B])
     assert policy.victim(set()) == A
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_the_least_used_and_predicted_leaves_of_equals_the_first_to_come(data: st.DataObject) -> None:
+    """By definition: everything is counted and weighed anew for every question."""
+    keys = [ExpertKey(0, expert) for expert in range(8)]
+    policy, counts, inside = Predicted(), dict[ExpertKey, float](), list[ExpertKey]()
+    one = 1.0
+    for event in data.draw(st.lists(st.sampled_from("aaeuuxv"), max_size=80)):
+        key = data.draw(st.sampled_from(keys))
+        if event == "a" and key not in inside:
+            policy.admitted(key)
+            counts.setdefault(key, 0.0)
+            inside.append(key)
+        elif event == "e" and key in inside:
+            policy.evicted(key)
+            inside.remove(key)
+        elif event == "u":
+            policy.used([key])
+            counts[key] = counts.get(key, 0.0) + one
+            one *= 2.0 ** (1.0 / (Predicted.HALF_LIFE * len(counts)))
+        elif event == "x":
+            policy.expected([key])
+            counts[key] = counts.get(key, 0.0) + Predicted.NEARLY * one
+        elif event == "v":
+            kept = data.draw(st.sets(st.sampled_from(keys)))
+            may_leave = [key for key in inside if key not in kept]
+            assert policy.victim(kept) == min(may_leave, key=counts.__getitem__, default=None)
+
+
+def test_what_has_left_is_forgotten_though_nobody_asks() -> None:
+    policy = Predicted()
+    policy.admitted(B)
+    for _ in range(1_000):
+        policy.admitted(A)
+        policy.evicted(A)
+    assert len(pickle.dumps(policy)) < 1_000
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -149,8 +189,8 @@ def test_asking_changes_nothing_and_the_same_events_name_the_same_victim(name: s
             policy.admitted(key)
     for key in uses:
         asked.victim(kept)
-        asked.used(key)
-        silent.used(key)
+        asked.used([key])
+        silent.used([key])
     victim = silent.victim(kept)
     assert asked.victim(kept) == victim
     assert victim in {A, B, C} - kept if {A, B, C} - kept else victim is None

@@ -103,7 +103,7 @@ class Slots(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS))
     def touch(self, key: ExpertKey) -> None:
-        self.table.touch(key)
+        self.table.touch([key])
         self.note("use", key)
 
     @rule(keys=st.lists(st.sampled_from(KEYS), max_size=3, unique=True))
@@ -128,9 +128,9 @@ class Slots(RuleBasedStateMachine):
     def lease(self, key: ExpertKey) -> None:
         if key not in self.ready():
             with pytest.raises(ValueError, match="not ready"):
-                self.table.lease(key)
+                self.table.lease([key])
             return
-        self.table.lease(key)
+        self.table.lease([key])
         self.leases[key] = self.leases.get(key, 0) + 1
         self.history.append(("use", key))
 
@@ -138,9 +138,9 @@ class Slots(RuleBasedStateMachine):
     def release(self, key: ExpertKey) -> None:
         if key in self.filling or key not in self.leases:
             with pytest.raises(ValueError, match="no lease"):
-                self.table.release(key)
+                self.table.release([key])
             return
-        self.table.release(key)
+        self.table.release([key])
         self.leases[key] -= 1
         if not self.leases[key]:
             del self.leases[key]
@@ -194,7 +194,7 @@ def test_a_failed_admit_changes_nothing() -> None:
     table.check_integrity()
     assert table.slot_of(KEYS[1]) is None
     table.filled(KEYS[0])
-    table.release(KEYS[0])
+    table.release([KEYS[0]])
     assert table.admit(KEYS[1], kept={KEYS[0]}) is None
     assert table.admit(KEYS[1]) == 0
     assert (table.slot_of(KEYS[0]), table.evictions) == (None, 1)
@@ -204,7 +204,7 @@ def test_a_dropped_slot_is_free_whatever_its_leases() -> None:
     table = SlotTable([0], make_policy("lru", {}))
     table.admit(KEYS[0])
     table.filled(KEYS[0])
-    table.lease(KEYS[0])
+    table.lease([KEYS[0]])
     assert table.available() == 0
     table.drop(KEYS[0])
     assert table.available() == 1

@@ -59,16 +59,20 @@ class Queue(RuleBasedStateMachine):
         self.slots = True  # whether there is one for a transfer that begins
         self.known: list[Expected] = []  # in the order of `push`
         self.gone: list[Transfer] = []
+        self.tells_all = False
 
-    def start(self, transfer: Transfer, rank: int) -> bool:
+    def start(self, transfer: Transfer, rank: int) -> bool | None:
         assert transfer.slot == -1
         if self.slots or rank == URGENT:
             transfer.slot = 0
-        return transfer.slot == 0
+            return True
+        return None if self.tells_all else False
 
-    @rule()
-    def slots_come_and_go(self) -> None:
-        self.slots = not self.slots
+    @rule(tells_all=st.booleans())
+    def slots_come_and_go(self, tells_all: bool) -> None:
+        self.slots, self.tells_all = not self.slots, tells_all
+        if self.slots:
+            self.queue.reopen()
 
     def pick(self, data: st.DataObject, among: list[Expected]) -> Expected:
         return among[data.draw(st.integers(0, len(among) - 1))]
@@ -76,7 +80,7 @@ class Queue(RuleBasedStateMachine):
     @rule(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3), whole=st.booleans(), rank=st.integers(URGENT, 2))
     def push(self, sizes: list[int], whole: bool, rank: int) -> None:
         # The same expert again is another transfer.
-        transfer = Transfer(key=KEY, part=Part.WHOLE)
+        transfer = Transfer(key=ExpertKey(rank % 2, 0), part=Part.WHOLE)
         assert transfer not in self.queue
         ends = list(accumulate(sizes))
         self.queue.push(transfer, ends, rank, whole)
@@ -287,3 +291,67 @@ def test_transfers_are_told_apart_by_identity() -> None:
     assert other not in queue
     with pytest.raises(KeyError):
         queue.forget(other)
+
+
+def pushed(queue: TransferQueue, *ranks: int) -> list[Transfer]:
+    """Two pages of a layer by rank each."""
+    transfers = [Transfer(key=ExpertKey(rank, i), part=Part.WHOLE) for i, rank in enumerate(ranks)]
+    for transfer, rank in zip(transfers, ranks, strict=True):
+        queue.push(transfer, [2 * PAGE], rank)
+    return transfers
+
+
+def handed_out(queue: TransferQueue, start: Any = start, speculative: int | None = None) -> Transfer | None:
+    chunk = queue.next_chunk(PAGE, speculative, start)
+    return None if chunk is None else chunk.transfer
+
+
+def test_what_is_promoted_comes_at_once() -> None:
+    queue = TransferQueue()
+    first, second = pushed(queue, 1, 2)
+    assert handed_out(queue) is first
+    queue.promote(second, URGENT)
+    assert [handed_out(queue) for _ in range(4)] == [second, second, first, None]
+
+
+def test_what_could_not_start_may_once_it_is_urgent() -> None:
+    def urgent_only(transfer: Transfer, rank: int) -> bool:
+        return rank == URGENT
+
+    queue = TransferQueue()
+    (only,) = pushed(queue, 1)
+    assert handed_out(queue, urgent_only) is None
+    queue.promote(only, URGENT)
+    assert handed_out(queue, urgent_only) is only
+
+
+def test_what_has_begun_comes_first_where_nothing_overtakes() -> None:
+    queue = TransferQueue(overtake=False)
+    first, second = pushed(queue, 1, 2)
+    assert handed_out(queue, lambda transfer, rank: transfer is second) is second
+    assert [handed_out(queue) for _ in range(3)] == [second, first, first]
+
+
+def test_without_a_budget_for_it_speculation_waits_and_with_one_it_goes_on() -> None:
+    queue = TransferQueue()
+    (ahead,) = pushed(queue, 1)
+    assert handed_out(queue, speculative=0) is None
+    assert handed_out(queue) is ahead
+
+
+@pytest.mark.parametrize(("answer", "asked"), [(False, [0, 1, 2, 3]), (None, [0, 2])])
+def test_a_layer_that_lets_nothing_start_is_not_asked_again(answer: bool | None, asked: list[int]) -> None:
+    found = []
+
+    def refuse(transfer: Transfer, rank: int) -> bool | None:
+        found.append(transfer.key.expert)
+        return answer
+
+    queue = TransferQueue()
+    pushed(queue, 1, 1, 2, 2)
+    for _ in range(2):
+        assert handed_out(queue, refuse) is None
+    assert found == asked, "and none at all before something has changed"
+    queue.reopen()
+    assert handed_out(queue, refuse) is None
+    assert found == asked * 2

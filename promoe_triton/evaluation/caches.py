@@ -43,20 +43,15 @@ def resident(
         found_TE[t, [key.expert for key in table.ready()]] = True
         for ids_TK in named:
             table.expect(keys[expert] for expert in reversed(ids_TK[t].tolist()) if expert >= 0)
-        leased = []
         wanted = [keys[expert] for expert in chosen if expert >= 0]
-        for key in wanted:
-            if table.is_ready(key):
-                table.lease(key)
-                leased.append(key)
-            else:
-                table.touch(key)
+        leased = [key for key in wanted if table.is_ready(key)]
+        table.lease(leased)
+        table.touch(wanted)
         for key in wanted:
             if not table.is_ready(key) and table.admit(key) is not None:
                 table.filled(key)
                 leased.append(key)
-        for key in leased:
-            table.release(key)
+        table.release(leased)
     return found_TE
 
 

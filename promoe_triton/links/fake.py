@@ -138,9 +138,11 @@ class FakeLink:
 
     def wait(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         while not (arrived := self.arrived(transfers)):
-            if not self._landings:
-                raise PromoeError(f"nothing is in flight that {transfers[0].name} could come with")
-            self._land()
+            has_ended = False
+            while not has_ended:
+                if not self._landings:
+                    raise PromoeError(f"nothing is in flight that {transfers[0].name} could come with")
+                has_ended = self._land()
         return arrived
 
     def arrived(self, transfers: Sequence[Transfer]) -> list[Transfer]:
@@ -178,8 +180,7 @@ class FakeLink:
         """Put on the wire what there is to copy, as long as lanes are free."""
         feed, wire, meter, now = self._feed, self._wire, self._meter, self._time
         while self._lanes and feed is not None and feed.backlog:
-            budgets = self._chunking.budgets(meter.rate, self._depth, self._speculating)
-            chunk = feed.next_chunk(budgets.urgent, budgets.speculative)
+            chunk = feed.next_chunk(*self._chunking.budgets(meter.rate, self._depth, self._speculating))
             if chunk is None:
                 return
             self._speculating += chunk.speculative
@@ -191,21 +192,23 @@ class FakeLink:
             lane = self._lanes.pop(0)
             heapq.heappush(self._landings, _Landing(self._wire_free, self._begun, chunk, lane, now, error))
 
-    def _land(self) -> None:
-        """Go to the time at which the next chunk lands."""
+    def _land(self) -> bool:
+        """Go to the time at which the next chunk lands; whether its transfer has ended, well or not."""
         landing = heapq.heappop(self._landings)
         chunk, feed = landing.chunk, self._feed
         self._time = max(self._time, landing.at + self._lag)
-        moved = 0
+        moved, has_ended = 0, False
         try:
             if landing.error is not None:
                 raise landing.error
             moved = self._filler.copy(chunk)
             if feed is not None and feed.landed(chunk):
                 tensors = self._filler.finish(chunk.transfer)
+                has_ended = True
                 if feed.finished(chunk.transfer):
                     self._arrivals[chunk.transfer.key] = tensors
         except Exception as error:
+            has_ended = True
             if feed is not None:
                 feed.failed(chunk, error)
         self.bytes_moved += moved
@@ -215,3 +218,4 @@ class FakeLink:
         if self._timeline is not None:
             self._timeline.copied(f"copy {landing.lane}", chunk, landing.began, self._time)
         self._begin()
+        return has_ended

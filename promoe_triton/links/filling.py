@@ -16,7 +16,7 @@ from promoe_triton.stores.reader import FileReader
 
 def ended(feed: Feed, transfers: Sequence[Transfer]) -> list[Transfer]:
     """Return those of these transfers that have arrived. Raises PromoeError where one of them has failed."""
-    arrived = list(filter(feed.ended, transfers))
+    arrived = feed.ended(transfers)
     for transfer in arrived:
         if (error := feed.error(transfer)) is not None:
             raise PromoeError(f"{transfer.name} could not be read: {error}") from error

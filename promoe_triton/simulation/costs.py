@@ -40,8 +40,10 @@ class Roofline:
 
     def __init__(self, hardware: Hardware, software: Software, shape: ModelShape) -> None:
         self._hardware, self._software, self._shape = hardware, software, shape
-        self._up = [shape.expert_bytes(i, Part.UP) for i in range(len(shape.layers))]
-        self._down = [shape.expert_bytes(i, Part.DOWN) for i in range(len(shape.layers))]
+        self._up, self._down = (
+            [(shape.expert_bytes(i, part), layer.weights(part)) for i, layer in enumerate(shape.layers)]
+            for part in (Part.UP, Part.DOWN)
+        )
 
     def _seconds(self, launches: float, nbytes: float, operations: float) -> float:
         hardware = self._hardware
@@ -65,10 +67,9 @@ class Roofline:
     def product(self, layer: int, part: Part, rows: Sequence[int]) -> float:
         software, n = self._software, len(rows)
         if part is Part.UP:
-            nbytes, launches = self._up[layer], software.up + n * software.expert_up
+            (nbytes, weights), launches = self._up[layer], software.up + n * software.expert_up
         else:
-            nbytes, launches = self._down[layer], software.down + n * software.expert_down
-        weights = self._shape.layers[layer].weights(part)
+            (nbytes, weights), launches = self._down[layer], software.down + n * software.expert_down
         return self._seconds(launches, n * nbytes, 2.0 * weights * sum(rows))
 
     def predict(self, tokens: int) -> float:

@@ -16,7 +16,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.loading import read_configuration, skeleton_of
 from promoe_triton.patch._swap import find_experts
 from promoe_triton.predictors.reach import find_layers
-from promoe_triton.protocols import PAGE, Cuts, ExpertSpec, Part, TensorSpec, Transfer, round_up
+from promoe_triton.protocols import PAGE, Cuts, ExpertSpec, Part, TensorSpec, round_up
 
 MODELS = Path(__file__).parent / "models"
 """Configurations of published models, by name."""
@@ -87,13 +87,12 @@ class ModelShape:
             for shape, spec in zip(self.layers, self.specs(), strict=True)
         ]
 
-    def cuts(self, transfer: Transfer) -> Cuts:
+    def cuts(self, layer: int, part: Part) -> Cuts:
         """Cut where one of an expert's tensors follows another: gate, up and down projection."""
-        layer = transfer.key.layer
         up = self.expert_bytes(layer, Part.UP)
         gate = up // 2 // PAGE * PAGE
         ends = (gate, up) if gate else (up,)
-        match transfer.part:
+        match part:
             case Part.UP:
                 return Cuts(ends=ends)
             case Part.DOWN:

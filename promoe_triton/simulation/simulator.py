@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -15,7 +16,7 @@ from promoe_triton.core import Core, Tally, make_core
 from promoe_triton.counters import Ahead, Counters
 from promoe_triton.links.fake import DryFiller, FakeLink, Wire
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import ExpertKey, Part, Seam
+from promoe_triton.protocols import ExpertKey, Part, Seam, expert_key
 from promoe_triton.simulation.costs import Costs
 from promoe_triton.simulation.routing import Pass
 from promoe_triton.simulation.shapes import ModelShape
@@ -75,7 +76,7 @@ class SimulatedLayer:
         self._model = model
         self.index = index
         self.experts = experts
-        self.keys = [ExpertKey(index, expert) for expert in range(experts)]
+        self.keys = [expert_key(index, expert) for expert in range(experts)]
         self.resident = False
         self.step: Step = model.config.step
         self.core: Core = model.core
@@ -139,7 +140,9 @@ class Simulator:
             config.slots, config.partition, shape.needs(), int(memory) if config.slots is None else every
         )
         self.budget, self.shared = budget, budget.shared
-        self.link = FakeLink(DryFiller(shape.cuts), wire, depth=config.depth, chunking=config.cuts(BUS_LATENCY))
+        cuts = functools.cache(shape.cuts)
+        filler = DryFiller(lambda transfer: cuts(transfer.key.layer, transfer.part))
+        self.link = FakeLink(filler, wire, depth=config.depth, chunking=config.cuts(BUS_LATENCY))
         tables = budget.tables(shape.specs(), lambda: make_policy(config.replacement, self._popularity))
         self.core = make_core(config, tables, self.link.cuts)
         self.link.restart(self.core)
