@@ -34,7 +34,7 @@ from promoe_triton.predictors import (
     find_layers,
     read_gates,
 )
-from promoe_triton.predictors.norms import Standard
+from promoe_triton.predictors.norms import Norm, Standard
 from promoe_triton.predictors.places import find_place, run_router
 from promoe_triton.predictors.scoring import Rule, Scoring
 from promoe_triton.protocols import Observation, Prediction, Predictor, Seam
@@ -556,6 +556,14 @@ def test_the_residual_stream_is_normed_before_it_is_asked_about(seam: Seam) -> N
             scores_TE = layer.mlp.gate(layer.post_attention_layernorm(o.state_TD))[0].softmax(-1)
         torch.testing.assert_close(p.scores, scores_TE.sum(0)[p.expert_ids], rtol=1e-4, atol=1e-5)
         assert (p.scores.diff() <= 0).all()
+
+
+def test_a_product_with_u_is_one_with_what_a_router_was_given() -> None:
+    gain_D, shift_D, weight_DG, bias_G = torch.rand(4) + 0.5, torch.randn(4), torch.randn(4, 3), torch.randn(3)
+    norm = Norm(standard=Standard.MEAN_VARIANCE, gain_D=gain_D, shift_D=shift_D, eps=0.0, inside=False)
+    x_TD = norm.standardise(torch.randn(5, 4)) * gain_D + shift_D
+    weight, bias = norm.folded(weight_DG, bias_G)
+    torch.testing.assert_close(x_TD @ weight + bias, norm.undo(x_TD) @ weight_DG + bias_G, rtol=1e-4, atol=1e-5)
 
 
 def test_group_limits() -> None:

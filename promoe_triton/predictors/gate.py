@@ -37,7 +37,7 @@ class GatePredictor:
 
     The first observation of each layer is compared with what its router chose; a layer that differs is reported
     once, by name, and neither looked ahead from nor predicted. That comparison waits for the host, nothing else
-    does. Scores are the router's own, summed over tokens.
+    does. Scores are the router's own, summed over tokens; of one token its logits, where they are in the same order.
     heads: what was learned beside the gates, or in place of them (see `learned`).
     """
 
@@ -74,19 +74,21 @@ class GatePredictor:
             self._confirm(source, seen, seen.state_TD)
         if seen.layer in self._refused:
             return named
-        runs = self._plan(seen)
-        if runs:
-            u_TD = _standardised(source.norm, seen.seam, seen.state_TD)
-            for run in runs:
-                named += self._look(run, u_TD)
+        for run in self._plan(seen):
+            state_TD = seen.state_TD
+            named += self._look(run, state_TD if run.of_state else _standardised(source.norm, seen.seam, state_TD))
         return named
 
     def _look(self, run: _Run, u_TD: Tensor) -> list[Prediction]:
         """Ask the routers of a run of layers in one product."""
-        logits_TG = run.logits(u_TD.to(run.weight_DG.dtype))
-        scores_TNG = run.rule.scores(logits_TG.view(len(u_TD), len(run.targets), -1), run.correction_NG)
-        scores_NE = over_tokens(scores_TNG)[:, : run.experts]
-        best_NK, ids_NK = scores_NE.topk(self._reach.named(run.experts, run.rule.active, len(u_TD)))
+        T = len(u_TD)
+        logits_TNG = run.logits(u_TD.to(run.weight_DG.dtype)).view(T, len(run.targets), -1)
+        if T == 1 and run.correction_NG is None and run.rule.keeps_order:
+            scores_NG = logits_TNG[0]
+        else:
+            scores_NG = over_tokens(run.rule.scores(logits_TNG, run.correction_NG))
+        scores_NE = scores_NG if scores_NG.shape[1] == run.experts else scores_NG[:, : run.experts]
+        best_NK, ids_NK = scores_NE.topk(self._reach.named(run.experts, run.rule.active, T))
         return [
             Prediction(layer=target.layer, steps=target.steps, expert_ids=ids_K, scores=best_K)
             for target, ids_K, best_K in zip(run.targets, ids_NK.unbind(), best_NK.unbind(), strict=True)
@@ -117,7 +119,8 @@ class GatePredictor:
             if head is not None:
                 order = [target.layer for target in self._layers_after[key]]
                 runs = [part for run in runs for part in _learned(run, head, order)]
-            self._plans[key] = tuple(map(_quick, runs))
+            known = source.norm if key[1] is Seam.ROUTED else None
+            self._plans[key] = tuple(_quick(run, known) for run in runs)
         return self._plans[key]
 
     def _confirm(self, source: Gate | TokenRoutes, seen: Observation, state_TD: Tensor) -> None:
@@ -168,6 +171,7 @@ class _Run:
     """Consecutive layers of a bank, as one product.
 
     inner: what was learned, (in_DR, in_R, out_RG). gated: whether that is added to what the gates say, or to the bias.
+    of_state: it is asked with what a router was given, not with u.
     """
 
     targets: tuple[Target, ...]
@@ -178,6 +182,7 @@ class _Run:
     correction_NG: Tensor | None
     inner: tuple[Tensor, Tensor, Tensor] | None = None
     gated: bool = True
+    of_state: bool = False
 
     def logits(self, u_TD: Tensor) -> Tensor:
         """Return the logits of all its layers, [T, N G]."""
@@ -226,15 +231,23 @@ SMALL = 1 << 18
 """Weights of a product up to which it is fastest in single precision on a CPU: what counts is operations, not bytes."""
 
 
-def _quick(run: _Run) -> _Run:
-    """Return a run in the precision in which it is fastest."""
+def _quick(run: _Run, norm: Norm | None) -> _Run:
+    """Return a run as it is fastest: where a copy is made, with the way from a router's input to u in its weights.
+
+    norm: what that router's input went through; None: it is not asked with one.
+    """
     if not run.weight_DG.is_cpu or run.weight_DG.numel() > SMALL:
         return run
-    inner = None
-    if run.inner is not None:
-        in_DR, in_R, out_RG = run.inner
-        inner = (in_DR.float(), in_R.float(), out_RG.float())
-    return replace(run, weight_DG=run.weight_DG.float(), bias_G=run.bias_G.float(), inner=inner)
+    weight_DG, bias_G, inner = run.weight_DG.float(), run.bias_G.float(), run.inner
+    if inner is not None:
+        inner = (inner[0].float(), inner[1].float(), inner[2].float())
+    of_state = norm is not None and norm.is_affine
+    if norm is not None and of_state:
+        if run.gated:
+            weight_DG, bias_G = norm.folded(weight_DG, bias_G)
+        if inner is not None:
+            inner = (*norm.folded(inner[0], inner[1]), inner[2])
+    return replace(run, weight_DG=weight_DG, bias_G=bias_G, inner=inner, of_state=of_state)
 
 
 def _banks(gates: Gates) -> list[_Bank]:

@@ -53,11 +53,20 @@ class Norm:
             return F.rms_norm(state, state.shape[-1:], eps=self.eps)
         return F.layer_norm(state, state.shape[-1:], eps=self.eps)
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether u is what a router was given, times and plus something: it was standardised before."""
+        return not self.inside and self.standard is not Standard.NONE
+
     def undo(self, x: Tensor) -> Tensor:
         """Return u of what a router was given [..., D], in single precision."""
-        if self.inside or self.standard is Standard.NONE:
+        if not self.is_affine:
             return self.standardise(x)
         return torch.addcmul(self.offset_D, x.float(), self.inverse_D)
+
+    def folded(self, weight_DG: Tensor, bias_G: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what gives of a router's input what this product gives of u. Columns lie as they did."""
+        return (weight_DG.T * self.inverse_D).T, bias_G + self.offset_D @ weight_DG
 
 
 def read_norm(apply: Callable[[Tensor], Tensor], D: int, *, inside: bool) -> Norm:

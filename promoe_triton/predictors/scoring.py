@@ -56,6 +56,11 @@ class Rule:
     multiplier: float = 1.0
     softcap: float | None = None
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether, with no correction, a larger logit is a larger score."""
+        return self.kept == self.groups and self.multiplier > 0.0
+
     def scores(self, logits: Tensor, correction: Tensor | None) -> Tensor:
         """Return what is compared, [..., E] in single precision: minus infinity where a group was left out.
 
