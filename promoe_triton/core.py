@@ -143,12 +143,15 @@ class Core:
             is_ready = key in ready
             (resident if is_ready else missing).append(key)
             if not self._reorder:
-                table.lease([key] if is_ready else [])
-                table.touch([key] if recent is None else [])
+                if is_ready:
+                    table.lease([key])
+                if recent is None:
+                    table.touch([key])
                 table.make_room(len(missing))
         if self._reorder:
             table.lease(resident)
-            table.touch(keys if recent is None else [])
+            if recent is None:
+                table.touch(keys)
         self._cold[layer] = {*missing} if recent is not None else set()
         if recent:
             needed = {key.expert: key for key in keys}

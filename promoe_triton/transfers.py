@@ -189,6 +189,7 @@ class TransferQueue:
             self.reopen()
         if progress.stopped and transfer not in self.errors:
             progress.stopped = False
+            self.reopen()
             if not progress.handed_out:
                 self._wait(transfer, progress)
 

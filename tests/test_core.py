@@ -366,6 +366,22 @@ def test_an_expert_that_cannot_start_yet_holds_up_no_other_of_its_layer() -> Non
     assert other.key == ExpertKey(0, 2), "bytes of a copy of expert 1 in another form are still in flight"
 
 
+def test_what_was_given_up_for_an_urgent_copy_is_given_up_again_where_it_is_predicted_again() -> None:
+    core = make_core([2, 2, 2])
+    fill(core, 0, [0])
+    guess = [ExpertKey(0, 1)]
+    core.predict(core.position_of(0, 2), guess, 100 * PAGE)
+    begun = [chunk for _ in range(9) if (chunk := core.next_chunk(100 * PAGE)) is not None]
+    core.gate(0, [0, 2])
+    urgent = core.ask(ExpertKey(0, 2), Part.WHOLE)
+    assert drive(core) is None, "bytes of the guess are still on their way into the only slot there is"
+    core.predict(core.position_of(0, 1), guess, 100 * PAGE)
+    assert drive(core) is None
+    for chunk in begun:
+        assert not core.landed(chunk)
+    assert drive(core) is urgent
+
+
 def test_a_prediction_that_comes_true_twice_counts_once() -> None:
     core = make_core([3, 3, 3])
     core.predict(core.position_of(0, 0), [ExpertKey(0, 0)], 100 * PAGE)

@@ -559,11 +559,16 @@ def test_the_residual_stream_is_normed_before_it_is_asked_about(seam: Seam) -> N
 
 
 def test_a_product_with_u_is_one_with_what_a_router_was_given() -> None:
-    gain_D, shift_D, weight_DG, bias_G = torch.rand(4) + 0.5, torch.randn(4), torch.randn(4, 3), torch.randn(3)
-    norm = Norm(standard=Standard.MEAN_VARIANCE, gain_D=gain_D, shift_D=shift_D, eps=0.0, inside=False)
-    x_TD = norm.standardise(torch.randn(5, 4)) * gain_D + shift_D
-    weight, bias = norm.folded(weight_DG, bias_G)
-    torch.testing.assert_close(x_TD @ weight + bias, norm.undo(x_TD) @ weight_DG + bias_G, rtol=1e-4, atol=1e-5)
+    gain_D, weight_DG = torch.rand(4) + 0.5, torch.randn(4, 3)
+    norm = Norm(standard=Standard.RMS, gain_D=gain_D, shift_D=torch.zeros(4), eps=0.0, inside=False)
+    assert norm.is_gain
+    x_TD = norm.standardise(torch.randn(5, 4)) * gain_D
+    torch.testing.assert_close(x_TD @ norm.folded(weight_DG), norm.undo(x_TD) @ weight_DG, rtol=1e-4, atol=1e-5)
+    assert not dataclasses.replace(norm, inside=True).is_gain, (
+        "a router that norms by itself is given what is not normed"
+    )
+    shifted = dataclasses.replace(norm, standard=Standard.MEAN_VARIANCE, shift_D=torch.randn(4))
+    assert not shifted.is_gain, "where something has to cancel, it is done element by element"
 
 
 def test_group_limits() -> None:

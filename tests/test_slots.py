@@ -132,7 +132,6 @@ class Slots(RuleBasedStateMachine):
             return
         self.table.lease([key])
         self.leases[key] = self.leases.get(key, 0) + 1
-        self.history.append(("use", key))
 
     @rule(key=st.sampled_from(KEYS))
     def release(self, key: ExpertKey) -> None:

@@ -193,7 +193,7 @@ class FakeLink:
             heapq.heappush(self._landings, _Landing(self._wire_free, self._begun, chunk, lane, now, error))
 
     def _land(self) -> bool:
-        """Go to the time at which the next chunk lands; whether its transfer has ended, well or not."""
+        """Go to the time at which the next chunk lands; whether an expert has come with it, or an error."""
         landing = heapq.heappop(self._landings)
         chunk, feed = landing.chunk, self._feed
         self._time = max(self._time, landing.at + self._lag)

@@ -2,7 +2,8 @@
 
 Training-free. What a layer's router was given goes back to the standardised state u, and one product with the
 routers of all later layers in reach, gains folded in, gives what each would choose if nothing changed on the way.
-The weights of a stack of layers lie one after the other, each once, whatever the distance.
+The weights of a stack of layers lie one after the other, each once, whatever the distance; small ones are copied for
+each layer that they are asked from, in the form that is fastest.
 
 Letters: T tokens, N layers looked at together, G rows of a router, E experts, D model dim, K experts named.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from promoe_triton.predictors.gates import Gate, Gates, TokenRoutes
 from promoe_triton.predictors.learned import Head, Heads
-from promoe_triton.predictors.norms import Norm, Standard
+from promoe_triton.predictors.norms import Norm
 from promoe_triton.predictors.reach import Reach, Target
 from promoe_triton.predictors.scoring import Rule, over_tokens
 from promoe_triton.protocols import Observation, Prediction, Seam
@@ -74,9 +75,11 @@ class GatePredictor:
             self._confirm(source, seen, seen.state_TD)
         if seen.layer in self._refused:
             return named
+        u_TD: Tensor | None = None
         for run in self._plan(seen):
-            state_TD = seen.state_TD
-            named += self._look(run, state_TD if run.of_state else _standardised(source.norm, seen.seam, state_TD))
+            if not run.of_state and u_TD is None:
+                u_TD = _standardised(source.norm, seen.seam, seen.state_TD)
+            named += self._look(run, seen.state_TD if u_TD is None or run.of_state else u_TD)
         return named
 
     def _look(self, run: _Run, u_TD: Tensor) -> list[Prediction]:
@@ -119,8 +122,8 @@ class GatePredictor:
             if head is not None:
                 order = [target.layer for target in self._layers_after[key]]
                 runs = [part for run in runs for part in _learned(run, head, order)]
-            known = source.norm if key[1] is Seam.ROUTED else None
-            self._plans[key] = tuple(_quick(run, known) for run in runs)
+            norm = source.norm if seen.seam is Seam.ROUTED and source.norm.is_gain else None
+            self._plans[key] = tuple(_quick(run, norm) for run in runs)
         return self._plans[key]
 
     def _confirm(self, source: Gate | TokenRoutes, seen: Observation, state_TD: Tensor) -> None:
@@ -128,7 +131,7 @@ class GatePredictor:
         self._confirmed.add(seen.layer)
         u_TD = _standardised(source.norm, seen.seam, state_TD)
         square = float(u_TD.square().mean())
-        if source.norm.standard is not Standard.NONE and not source.norm.inside and abs(square - 1.0) > UNLIKE:
+        if source.norm.is_affine and abs(square - 1.0) > UNLIKE:
             self._refuse(seen.layer, f"what it is given is not what its norm gives (mean square {square:.3g}, not 1)")
             return
         ids_TA = seen.expert_ids_TA
@@ -232,22 +235,20 @@ SMALL = 1 << 18
 
 
 def _quick(run: _Run, norm: Norm | None) -> _Run:
-    """Return a run as it is fastest: where a copy is made, with the way from a router's input to u in its weights.
+    """Return a run as it is fastest; a small one on a CPU as a copy, with the way from a router's input to u in it.
 
-    norm: what that router's input went through; None: it is not asked with one.
+    norm: what that router's input went through; None: it is asked with u.
     """
     if not run.weight_DG.is_cpu or run.weight_DG.numel() > SMALL:
         return run
     weight_DG, bias_G, inner = run.weight_DG.float(), run.bias_G.float(), run.inner
     if inner is not None:
         inner = (inner[0].float(), inner[1].float(), inner[2].float())
-    of_state = norm is not None and norm.is_affine
-    if norm is not None and of_state:
-        if run.gated:
-            weight_DG, bias_G = norm.folded(weight_DG, bias_G)
+    if norm is not None:
+        weight_DG = norm.folded(weight_DG)
         if inner is not None:
-            inner = (*norm.folded(inner[0], inner[1]), inner[2])
-    return replace(run, weight_DG=weight_DG, bias_G=bias_G, inner=inner, of_state=of_state)
+            inner = (norm.folded(inner[0]), *inner[1:])
+    return replace(run, weight_DG=weight_DG, bias_G=bias_G, inner=inner, of_state=norm is not None)
 
 
 def _banks(gates: Gates) -> list[_Bank]:

@@ -58,15 +58,20 @@ class Norm:
         """Whether u is what a router was given, times and plus something: it was standardised before."""
         return not self.inside and self.standard is not Standard.NONE
 
+    @property
+    def is_gain(self) -> bool:
+        """Whether u is what a router was given, over the gain: nothing else has to cancel."""
+        return self.is_affine and not self.shift_D.any()
+
     def undo(self, x: Tensor) -> Tensor:
         """Return u of what a router was given [..., D], in single precision."""
         if not self.is_affine:
             return self.standardise(x)
         return torch.addcmul(self.offset_D, x.float(), self.inverse_D)
 
-    def folded(self, weight_DG: Tensor, bias_G: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what gives of a router's input what this product gives of u. Columns lie as they did."""
-        return (weight_DG.T * self.inverse_D).T, bias_G + self.offset_D @ weight_DG
+    def folded(self, weight_DG: Tensor) -> Tensor:
+        """Return what makes of a router's input what this makes of u, where `is_gain`. Columns lie as they did."""
+        return (weight_DG.T * self.inverse_D).T
 
 
 def read_norm(apply: Callable[[Tensor], Tensor], D: int, *, inside: bool) -> Norm:

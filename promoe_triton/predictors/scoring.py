@@ -58,7 +58,7 @@ class Rule:
 
     @property
     def keeps_order(self) -> bool:
-        """Whether, with no correction, a larger logit is a larger score."""
+        """Whether, with no correction, a larger logit is a larger score, or an equal one."""
         return self.kept == self.groups and self.multiplier > 0.0
 
     def scores(self, logits: Tensor, correction: Tensor | None) -> Tensor:
