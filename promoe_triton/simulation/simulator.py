@@ -191,7 +191,7 @@ class Simulator:
             self._compute(self._costs.layer(this.tokens, this.context))
             self._layer(layer, this, settled)
         if not settled and following is not None and not following.prefill:
-            ahead = [self._ranking(following, layer, 1, distance=layer.index + 1) for layer in self._first()]
+            ahead = (self._ranking(following, layer, 1, distance=layer.index + 1) for layer in self._first())
             self._speculate(Place(len(self.layers) - 1, Seam.LEFT), following.tokens, ahead)
         self._compute(self._costs.head(this.tokens))
 
@@ -216,7 +216,7 @@ class Simulator:
         self._speculate(
             Place(index, Seam.ROUTED),
             this.tokens,
-            [self._ranking(this, target, 0, distance=target.index - index) for target in later],
+            (self._ranking(this, target, 0, distance=target.index - index) for target in later),
         )
         for wave in waves.up():
             self._wave(index, Part.UP, wave, rows)
@@ -234,7 +234,8 @@ class Simulator:
         experts = seen.ranked(distance, target.index, target.experts)
         return Ranking(steps, [target.keys[expert] for expert in experts])
 
-    def _speculate(self, place: Place, tokens: int, rankings: Sequence[Ranking]) -> None:
+    def _speculate(self, place: Place, tokens: int, rankings: Iterable[Ranking]) -> None:
+        """Act on what is predicted. rankings: made only where they are asked for."""
         if tokens >= PROMPT or self._speculation.leaves_out(place):
             return
         named = [ranking for ranking in rankings if ranking.experts]
