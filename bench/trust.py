@@ -345,13 +345,13 @@ class Logged:
     def __init__(self, predictor: Any) -> None:
         self._predictor = predictor
         self._pass = -1
-        self.taken: list[float] = []
+        self.shown: list[Observation] = []
         self.said: dict[tuple[int, int, int], list[int]] = {}
 
     def predict(self, seen: Observation) -> Sequence[Any]:
-        began = time.perf_counter()
         found: Sequence[Any] = self._predictor.predict(seen)
-        self.taken.append(time.perf_counter() - began)
+        if seen.seam is Seam.ROUTED and seen.tokens == 1:
+            self.shown.append(replace(seen, state_TD=None if seen.state_TD is None else seen.state_TD.clone()))
         self._pass += seen.seam is Seam.ROUTED and seen.layer == 0
         # What is seen before the first layer's attention is left out: the simulator has no such seam.
         for prediction in found if seen.seam is not Seam.ENTERED else ():
@@ -362,7 +362,7 @@ class Logged:
 
 
 def record_text(folder: Path, ids: Sequence[int], prompt: int, distance: int) -> tuple[Routed, float]:
-    """Return how a text is routed and what the default predictor says of it, and the seconds of a prediction."""
+    """Return how a text is routed and what the default predictor says of it, and what a prediction alone takes."""
     recorder = RoutingRecorder(len(ids))
     model = load(folder, {"slots": 0.9, "predictor": recorder, "always_predict": True})
     run_text(model, ids, prompt)
@@ -380,7 +380,18 @@ def record_text(folder: Path, ids: Sequence[int], prompt: int, distance: int) ->
         row = prompt - 1 + number  # pass 0 is the prompt
         if prompt <= row < len(ids) and 0 < ahead <= distance:
             named[ahead - 1][layer][row, : len(experts)] = experts[: found[layer].shape[1]]
-    return Routed(ids=found, named=named), median(logged.taken)
+    return Routed(ids=found, named=named), asking_alone(logged._predictor, logged.shown)
+
+
+def asking_alone(predictor: Any, shown: Sequence[Observation]) -> float:
+    """Return the seconds of a prediction, with as much read before it as a layer reads of its experts."""
+    between, taken = torch.ones(64 << 20, dtype=torch.uint8), []
+    for seen in shown[-200:]:
+        between.add_(1)
+        began = time.perf_counter()
+        predictor.predict(seen)
+        taken.append(time.perf_counter() - began)
+    return median(taken) if taken else 0.0
 
 
 @torch.inference_mode()

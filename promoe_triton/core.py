@@ -164,8 +164,10 @@ class Core:
         streamed: list[ExpertKey] = []
         kept = len(table) - len(resident)
         if kept < len(missing):
-            buffers = min(STREAM_BUFFERS, len(table))
-            while kept < buffers:
+            # What is on its way has its slot, and stays.
+            begun = sum(table.slot_of(key) is not None for key in missing) if self._reorder else 0
+            buffers = min(STREAM_BUFFERS, max(len(table) - begun, 1))
+            while kept < min(begun + buffers, len(table)):
                 # Resident experts fill every slot: some of them must pass through as well.
                 key = resident.pop()
                 table.drop(key)

@@ -55,6 +55,8 @@ class Prefetcher:
         self._taps: Taps | None = None
         self._speculation = Speculation(runtime.config.always_predict)
         self._learns = not getattr(predictor, "stateless", False)
+        # From where which layers were spoken of: one that keeps nothing goes on speaking of those.
+        self._spoken_of: dict[Place, set[int]] = {}
         self._has_warned = False
 
     @property
@@ -79,7 +81,7 @@ class Prefetcher:
         absent: `Core.absent` at that time.
         """
         self._speculation.routed(layer, len(x_TD), now, self._runtime.stall_seconds, absent)
-        if expert_ids_TA is None or self._speculation.leaves_out(Place(layer, Seam.ROUTED), self._learns):
+        if expert_ids_TA is None or self._leaves_out(Place(layer, Seam.ROUTED)):
             return None
         if self._taps is not None:
             seen = self._taps.routed(layer, expert_ids_TA, x_TD)
@@ -89,18 +91,27 @@ class Prefetcher:
 
     def passed(self, seen: Observation) -> None:
         """The model has passed another seam. Another thread's forward may be inside: then it is not looked at."""
-        if self._runtime.is_settled or self._speculation.leaves_out(Place(seen.layer, seen.seam), self._learns):
+        if self._runtime.is_settled or self._leaves_out(Place(seen.layer, seen.seam)):
             return
         # What a predictor learns it must be able to change in calls outside of inference mode as well.
         with torch.inference_mode(False), torch.no_grad(), self._runtime.inside() as alone:
             if alone and (ahead := self._look(seen)) is not None:
                 self.speculate(ahead, self._runtime.read(ahead.tensors))
 
+    def _leaves_out(self, place: Place) -> bool:
+        """Whether not to ask for a prediction: nothing would come of it, or all layers it speaks of are resident."""
+        layers, spoken_of = self._runtime.layers, self._spoken_of.get(place)
+        if spoken_of and not self._learns and all(layers[layer].resident for layer in spoken_of):
+            return True
+        return self._speculation.leaves_out(place, self._learns)
+
     def _look(self, seen: Observation) -> Outlook | None:
         predictions = self._predictor.predict(seen) or ()
         if seen.tokens >= PROMPT or not self._speculation.predicting:
             return None
         predictions = [prediction for prediction in predictions if self._is_sound(prediction, seen)]
+        place = Place(seen.layer, seen.seam)
+        self._spoken_of.setdefault(place, set()).update(prediction.layer for prediction in predictions)
         return Outlook(seen, predictions) if predictions else None
 
     def _is_sound(self, prediction: Prediction, seen: Observation) -> bool:

@@ -5,6 +5,7 @@ A folder with `trace.json` (what was recorded, of which model; which shards are 
 | tensor               | shape, dtype            | meaning                                                          |
 |----------------------|-------------------------|------------------------------------------------------------------|
 | token_ids, document  | [T] int32               | the tokens of all documents, and whose they are                  |
+| text                 | [T] int32               | which of the texts a document was cut from                       |
 | position             | [T] int32               | place in its document                                            |
 | is_prefill           | [T] bool                | whether it belongs to the prompt                                 |
 | ids.L, weights.L     | [T, A] int16, float32   | experts that layer L chose, E and more: none; routing weights    |
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from promoe_triton.errors import PromoeError
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "trace.json"
 
 
@@ -56,9 +57,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One document of a trace, read from its file as it is asked for. T: its tokens."""
+    """One document of a trace, read from its file as it is asked for. text: which it is of. T: its tokens."""
 
     number: int
+    text: int
     tensors: Mapping[str, Any]
     begin: int
     end: int
@@ -105,7 +107,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """A recorded trace. about: the model, its revision and dtype, the texts with their hashes, versions."""
+    """A recorded trace. about: the model, its revision, dtype and gates, the texts with their hashes, versions."""
 
     folder: Path
     about: Mapping[str, Any]
@@ -120,6 +122,14 @@ class Trace:
     def tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards)
 
+    def check_model(self, gates: object) -> None:
+        """Raise PromoeError where this is a trace of a model with other gates than those of this `fingerprint`."""
+        if gates != self.about.get("gates"):
+            raise PromoeError(
+                f"the trace in {self.folder} is of another model: {self.about.get('model')}, whose routers have other "
+                "weights"
+            )
+
     def check_states(self) -> None:
         """Raise PromoeError where hidden states were not recorded, at which predictors look."""
         if next(self.read()).state_TD(0) is None:
@@ -132,13 +142,15 @@ class Trace:
             path = self.folder / shard.file
             try:
                 with safe_open(path, framework="pt") as file:
-                    documents = file.get_tensor("document")
+                    documents, texts = file.get_tensor("document"), file.get_tensor("text")
                     bounds = [0, *(documents.diff().nonzero()[:, 0] + 1).tolist(), len(documents)]
                     if (len(bounds) - 1, len(documents)) != (shard.documents, shard.tokens):
                         raise PromoeError(f"{path} does not hold the documents that {HEADER} says")
                     tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
                     for begin, end in pairwise(bounds):
-                        yield Document(number=number, tensors=tensors, begin=begin, end=end)
+                        yield Document(
+                            number=number, text=int(texts[begin]), tensors=tensors, begin=begin, end=end
+                        )
                         number += 1
             except (OSError, SafetensorError) as error:
                 raise PromoeError(f"{path} cannot be read ({error}): record the trace again") from error
@@ -191,8 +203,9 @@ class TraceWriter:
         self._pending: list[dict[str, Tensor]] = []
         known = _header(folder)
         if known is not None and (known.about, known.layers) != (self._about, self._layers):
+            others = [name for name in about if known.about.get(name) != self._about[name]] or ["layers"]
             raise PromoeError(
-                f"{folder} holds a trace of another model, text or way of recording; name another folder, or remove it"
+                f"{folder} holds a trace of something else (other {', '.join(others)}); name another folder, or remove it"
             )
         self._shards = list(known.shards) if known is not None else []
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,10 +216,11 @@ class TraceWriter:
         """How many documents are complete on disk or wait to be written."""
         return sum(shard.documents for shard in self._shards) + len(self._pending)
 
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add one document: all tensors of the table above but `document`."""
-        length = len(tensors["token_ids"])
-        self._pending.append({**tensors, "document": torch.full((length,), self.documents, dtype=torch.int32)})
+    def add(self, tensors: Mapping[str, Tensor], text: int) -> None:
+        """Add one document of a text: all tensors of the table above but `document` and `text`."""
+        like = tensors["token_ids"]
+        numbers = {"document": torch.full_like(like, self.documents), "text": torch.full_like(like, text)}
+        self._pending.append({**tensors, **numbers})
         if sum(len(document["token_ids"]) for document in self._pending) >= self._shard_tokens:
             self.flush()
 

@@ -16,6 +16,8 @@ from transformers import DynamicCache
 from promoe_triton.errors import PromoeError
 from promoe_triton.layer import ProMoEExperts
 from promoe_triton.patch._families import describe
+from promoe_triton.predictors.gates import read_gates
+from promoe_triton.predictors.learned import fingerprint
 from promoe_triton.predictors.reach import find_layers
 from promoe_triton.predictors.taps import Taps
 from promoe_triton.protocols import Observation, Seam
@@ -52,6 +54,11 @@ class Tracer:
         self._seen: dict[str, list[Tensor]] = {}
         self._handles: list[Any] = []
         self._taps: Taps | None = None
+
+    @property
+    def gates(self) -> str:
+        """Return what tells this model's routers from those of another."""
+        return fingerprint(read_gates(self._model, self._experts))
 
     @property
     def layers(self) -> list[TracedLayer]:

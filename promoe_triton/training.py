@@ -2,7 +2,7 @@
 
 For each layer and seam a correction to the gates is fitted (or the paper's network, to compare with), so that logits
 of the layers in reach come near to what their routers then gave: least divergence between both softmaxes, by Adam.
-Documents, never tokens, are held out; a correction that does not get better on those stays zero.
+Whole texts, never tokens, are held out; a correction that does not get better on those stays zero.
 
 Letters: N tokens, H layers in reach, G rows of a router, D model dim, R hidden units.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from promoe_triton.errors import PromoeError
 from promoe_triton.predictors.gates import Gate, Gates
-from promoe_triton.predictors.learned import Head, Source
+from promoe_triton.predictors.learned import Head, Source, fingerprint
 from promoe_triton.predictors.reach import Reach, Target
 from promoe_triton.protocols import Seam
 from promoe_triton.traces import Document, Trace
@@ -92,6 +92,7 @@ def _alike(one: object, other: object) -> bool:
 
 def check_trace(trace: Trace, gates: Gates) -> None:
     """Raise PromoeError unless a trace has the hidden states of the model whose gates these are."""
+    trace.check_model(fingerprint(gates))
     shapes = [(layer.experts, layer.hidden) for layer in trace.layers]
     ours = [(gate.experts, gate.weight_GD.shape[1]) if isinstance(gate, Gate) else None for gate in gates.layers]
     if len(shapes) != len(ours) or any(one not in (None, shape) for one, shape in zip(ours, shapes, strict=True)):
@@ -108,8 +109,7 @@ def train(
     check_trace(trace, gates)
     heads: dict[Source, Head] = {}
     scores = []
-    order = torch.randperm(trace.documents, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    held_out = {*order[: max(round(recipe.held_out * trace.documents), 1)]}
+    held_out = split([document.text for document in trace.read()], recipe)
     for source, targets in sources(gates, recipe.distance).items():
         examples = _examples((d for d in trace.read() if d.number not in held_out), gates, source, targets)
         tests = _examples((d for d in trace.read() if d.number in held_out), gates, source, targets)
@@ -121,6 +121,20 @@ def train(
         scores += found
         step(f"layer {source[0]}, {source[1].name.lower()}: {found[0].gate:.1%} to {found[0].learned:.1%}")
     return heads, scores
+
+
+def split(texts: Sequence[int], recipe: Recipe) -> set[int]:
+    """Return which documents are held out, given of which text each is: whole texts, up to a tenth of the documents.
+
+    Where no text is that short, the last documents of one: there alone are two neighbours on different sides.
+    """
+    most, found = max(round(recipe.held_out * len(texts)), 1), set[int]()
+    every = sorted({*texts})
+    for place in torch.randperm(len(every), generator=torch.Generator().manual_seed(recipe.seed)).tolist():
+        mine = [number for number, text in enumerate(texts) if text == every[place]]
+        if len(found) + len(mine) <= most:
+            found.update(mine)
+    return found or {*range(len(texts) - most, len(texts))}
 
 
 def _examples(

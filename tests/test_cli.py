@@ -28,7 +28,8 @@ from typer.testing import CliRunner
 from promoe_triton.cli import app
 from promoe_triton.cli.generation import Sampling, parse_slots
 from promoe_triton.cli.output import readable_logging
-from promoe_triton.demo import MODEL, cache, comparison, inflate
+from promoe_triton.config import Config
+from promoe_triton.demo import MODEL, PREDICTOR, cache, comparison, inflate
 from promoe_triton.errors import PromoeError
 
 ROOT = Path(__file__).parent.parent
@@ -442,6 +443,19 @@ def test_demo_equals_stock_transformers_in_a_second_process(model: Path) -> None
     assert answer["stats"]["slots"] == LAYERS * EXPERTS // 4
     assert answer["stock"]["same_tokens"]
     assert answer["stock"]["ids"] == answer["ids"] == stock_ids(model, answer["prompt_ids"], 9)
+
+
+def test_packaged_demo_has_the_packaged_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Config] = []
+
+    def run(model: Path, prompt: str, config: Config, *others: Any, **options: Any) -> None:
+        found.append(config)
+        raise PromoeError("enough")
+
+    monkeypatch.setattr("promoe_triton.cli.demo._run", run)
+    assert call("demo").exit_code == 1
+    assert found[0].predictor == str(PREDICTOR)
+    assert PREDICTOR.is_file()
 
 
 def test_packaged_demo_writes_the_text_of_stock_transformers() -> None:

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from promoe_triton import core as cores
 from promoe_triton.config import Config
 from promoe_triton.core import Core, Needs, Tally
-from promoe_triton.policies import make_policy
+from promoe_triton.policies import POLICIES, make_policy
 from promoe_triton.protocols import PAGE, Chunk, Cuts, ExpertKey, Part, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.transfers import URGENT
@@ -29,10 +29,10 @@ def cuts(transfer: Transfer) -> Cuts:
     return Cuts(ends=ends, whole=transfer.key.layer == LAYERS - 1)
 
 
-def make_core(slots: list[int], shared: bool = False, **techniques: bool) -> Core:
-    tables = [SlotTable(range(n), make_policy("lru", {})) for n in slots]
+def make_core(slots: list[int], shared: bool = False, policy: str = "lru", **techniques: bool) -> Core:
+    tables = [SlotTable(range(n), make_policy(policy, {})) for n in slots]
     if shared:
-        tables = [SlotTable(range(sum(slots)), make_policy("lru", {}))] * len(slots)
+        tables = [SlotTable(range(sum(slots)), make_policy(policy, {}))] * len(slots)
     return Core(tables, cuts, **techniques)
 
 
@@ -61,9 +61,12 @@ class Driven(RuleBasedStateMachine):
         overtake=st.booleans(),
         preempt=st.booleans(),
         reorder=st.booleans(),
+        policy=st.sampled_from(POLICIES),
     )
-    def open(self, slots: list[int], shared: bool, overtake: bool, preempt: bool, reorder: bool) -> None:
-        self.core = make_core(slots, shared, overtake=overtake, preempt=preempt, reorder=reorder)
+    def open(
+        self, slots: list[int], shared: bool, overtake: bool, preempt: bool, reorder: bool, policy: str
+    ) -> None:
+        self.core = make_core(slots, shared, policy, overtake=overtake, preempt=preempt, reorder=reorder)
         self.overtake, self.preempt = overtake, preempt
         self.out: list[Chunk] = []
         self.unlucky = False
@@ -364,6 +367,29 @@ def test_an_expert_that_cannot_start_yet_holds_up_no_other_of_its_layer() -> Non
     other = drive(core)
     assert other is not None
     assert other.key == ExpertKey(0, 2), "bytes of a copy of expert 1 in another form are still in flight"
+
+
+def test_what_is_on_its_way_stays_where_others_have_to_pass_through() -> None:
+    """A prompt needs more experts than there are slots; two of them were begun for it already."""
+    core = make_core([4, 4, 4])
+    fill(core, 0, [0, 1])
+    core.predict(core.position_of(0, 1), [ExpertKey(0, 2), ExpertKey(0, 3)], 100 * PAGE)
+    begun = [chunk for _ in range(2) if (chunk := core.next_chunk(4 * PAGE)) is not None]
+    needs = core.gate(0, range(EXPERTS), recent=[])
+    assert {chunk.transfer.key for chunk in begun} <= {*needs.missing}
+    assert {*needs.resident, *needs.missing, *needs.streamed} == {ExpertKey(0, expert) for expert in range(EXPERTS)}
+    assert all(core.ask(chunk.transfer.key, Part.WHOLE) is chunk.transfer for chunk in begun)
+
+
+def test_one_of_those_on_their_way_passes_through_where_they_take_all_slots() -> None:
+    core = make_core([2, 2, 2])
+    for expert in (0, 1):
+        core.ask(ExpertKey(0, expert), Part.WHOLE)
+    begun = [chunk for _ in range(3) if (chunk := core.next_chunk(100 * PAGE)) is not None]
+    assert {chunk.transfer.slot for chunk in begun} == {0, 1}
+    needs = core.gate(0, range(EXPERTS), recent=[])
+    assert len(needs.missing) == 1
+    assert len(needs.streamed) == EXPERTS - 1
 
 
 def test_what_was_given_up_for_an_urgent_copy_is_given_up_again_where_it_is_predicted_again() -> None:

@@ -50,9 +50,9 @@ class Spy:
 
 def trace_of(model: Any, folder: Path, *texts: Sequence[int]) -> Any:
     with Tracer(model) as tracer:
-        writer = TraceWriter(folder, {"model": "tiny"}, tracer.layers, 10_000)
-        for text in texts:
-            writer.add(tracer.document(text, 1, 1))
+        writer = TraceWriter(folder, {"model": "tiny", "gates": tracer.gates}, tracer.layers, 10_000)
+        for number, text in enumerate(texts):
+            writer.add(tracer.document(text, 1, 1), number)
         writer.flush()
     return read_trace(folder)
 
@@ -148,7 +148,8 @@ class TestMeasures:
         document = made_up([[[0, 1], [2, 3]]], [{PLACE: [[1, 0, 5, 4], [4, 2, 3, 5]]}])
         held = np.zeros((2, 6), bool)
         held[0, [0, 5]] = held[1, [4]] = True
-        rows = {(r.metric, r.k): r.value for r in on_misses("t", "p", [document], [[held]], 2, "lru", 0.5)}
+        found = list(on_misses("t", "p", [document], [[held]], 2, "lru", 0.5))
+        rows = {(r.metric, r.k): r.value for r in found if r.layer == "all"}
         # Missed: 1; 2 and 3. Named and absent, of 2: 1; 2. Of 4: 1, 4; 2, 3, 5.
         assert rows == {
             ("precision on misses", 2): 2 / 2,
@@ -156,6 +157,16 @@ class TestMeasures:
             ("precision on misses", 4): 3 / 5,
             ("recall on misses", 4): 3 / 3,
         }
+
+    def test_on_misses_by_layer(self) -> None:
+        named = [[1, 0], [4, 2]]
+        document = made_up([[[0, 1], [2, 3]], [[0, 1], [2, 3]]], [{PLACE: named}, {PLACE: named}])
+        none, some = np.zeros((2, 6), bool), np.zeros((2, 6), bool)
+        some[0, 1] = some[1, 2] = True
+        found = list(on_misses("t", "p", [document], [[none, some]], 2, "lru", 0.5))
+        recall = {r.layer: r.value for r in found if (r.metric, r.k) == ("recall on misses", 2)}
+        # Missed: 0, 1, 2, 3 in the first layer, of which 0, 1, 2 were named; in the second 0 and 3, of which 0 was.
+        assert recall == {"0": 3 / 4, "1": 1 / 2, "all": 4 / 6}
 
 
 routings = st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=2, unique=True), min_size=1, max_size=8)
@@ -206,7 +217,7 @@ def exhaustive(routing: Sequence[Sequence[int]], slots: int) -> int:
 
 class TestGoodpred:
     @staticmethod
-    def outcomes(tmp_path: Path, link: float, only: int | None = None) -> tuple[Any, Any]:
+    def run(tmp_path: Path, link: float, only: int | None = None) -> list[tuple[Any, Any]]:
         model = build()
         layers = find_layers(model, experts_of(model))
         generator = torch.Generator().manual_seed(4)
@@ -220,7 +231,25 @@ class TestGoodpred:
                 replayed.append(replay(document, layers, oracle if says == "truth" else NoPredictor(), 4))
             common: dict[str, Any] = {"slots": 0.5, "link": link, "distances": 2, "only": only, "prompt": 8}
             found.append(goodpred.run(replayed, layers.experts, layers.active, **common))
-        return found[0], found[1]
+        return found
+
+    def outcomes(self, *args: Any, **options: Any) -> tuple[Any, Any]:
+        (truth, _), (nothing, _) = self.run(*args, **options)
+        return truth, nothing
+
+    def test_as_the_paper_defines_it(self, tmp_path: Path) -> None:
+        """Of all experts named, whether they were copied for it or not; of nothing named there is none."""
+        found = {}
+        for link in (0.3, 50.0):
+            (outcome, truth), (_, nothing) = self.run(tmp_path / f"{link}", link, only=1)
+            assert math.isnan(nothing.goodpred)
+            assert truth.chosen == truth.named > 100, "it is the truth"
+            assert truth.there >= outcome.on_time, "what stayed in slots counts as well"
+            assert truth.goodpred == truth.fetch_rate
+            found[link] = truth
+        assert 0.3 < found[0.3].goodpred < 0.8
+        assert found[50.0].goodpred > 0.9
+        assert goodpred.Timely(named=10, chosen=5, there=8).goodpred == pytest.approx(0.4)
 
     def test_the_truth_arrives_over_a_fast_link(self, tmp_path: Path) -> None:
         truth, nothing = self.outcomes(tmp_path, link=50.0)

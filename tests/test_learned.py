@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -25,7 +26,7 @@ from promoe_triton.predictors.learned import Head, Source, load_heads, save_head
 from promoe_triton.protocols import Observation, Prediction, Seam
 from promoe_triton.traces import Trace, TraceWriter, read_trace
 from promoe_triton.tracing import Tracer, experts_of
-from promoe_triton.training import Recipe, sources, train
+from promoe_triton.training import Recipe, sources, split, train
 
 RANK = 3
 DOCUMENTS = 12
@@ -133,6 +134,27 @@ class TestPredictor:
             assert not found
         assert compared > 4
 
+    def test_all_distances_are_one_product(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the gates; what was learned for all of them adds two."""
+        gates = gates_of(build())
+        products: list[tuple[int, ...]] = []
+        addmm = torch.addmm
+
+        def counted(*args: Any, **options: Any) -> Tensor:
+            products.append((*args[2].shape,))
+            result: Tensor = addmm(*args, **options)
+            return result
+
+        seen = observations(build())[1]
+        for heads, count in ((None, 1), (drawn(gates), 3)):
+            predictor = GatePredictor(gates, Reach(distance=2), heads)
+            said(predictor, seen)
+            with monkeypatch.context() as patched:
+                patched.setattr(torch, "addmm", counted)
+                assert len(predictor.predict(seen)) == 2
+            assert len(products) == count
+            products.clear()
+
     def test_layers_beyond_what_was_learned_keep_their_gates(self) -> None:
         model = build()
         gates = gates_of(model)
@@ -160,6 +182,15 @@ class TestFile:
         with pytest.raises(PromoeError, match="trained for another model"):
             promoe_triton.patch(build(seed=1), slots=4, store="spool", predictor=tmp_path / "p.safetensors")
 
+    def test_of_other_shapes(self, tmp_path: Path) -> None:
+        gates = gates_of(build())
+        save_heads(tmp_path / "p.safetensors", drawn(gates), gates, {})
+        torch.manual_seed(0)
+        with pytest.raises(PromoeError, match="for another model, whose routers have other weights or sizes"):
+            promoe_triton.patch(
+                FAMILIES["mixtral"].build(), slots=4, store="spool", predictor=tmp_path / "p.safetensors"
+            )
+
     @pytest.mark.parametrize("content", ["truncated", "tensors"])
     def test_no_predictor(self, content: str, tmp_path: Path) -> None:
         file, gates = tmp_path / "p.safetensors", gates_of(build())
@@ -186,9 +217,9 @@ class TestFile:
 def record(model: Any, folder: Path, states: bool = True, documents: int = DOCUMENTS) -> Trace:
     generator = torch.Generator().manual_seed(3)
     with Tracer(model, states) as tracer:
-        writer = TraceWriter(folder, {"model": "tiny"}, tracer.layers, 100)
-        for _ in range(documents):
-            writer.add(tracer.document(torch.randint(60, (24,), generator=generator).tolist(), 4, 99))
+        writer = TraceWriter(folder, {"model": "tiny", "gates": tracer.gates}, tracer.layers, 100)
+        for number in range(documents):
+            writer.add(tracer.document(torch.randint(60, (24,), generator=generator).tolist(), 4, 99), number)
         writer.flush()
     return read_trace(folder)
 
@@ -253,12 +284,46 @@ class TestTraining:
         first, second = (train(trace, gates_of(model), recipe)[0] for _ in range(2))
         assert all(torch.equal(first[source].out_RHG, second[source].out_RHG) for source in first)
 
+    def test_it_ends_when_it_gets_no_better(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After as many epochs as its patience says; what was best is what is kept."""
+        model = build()
+        trace, epochs = record(model, tmp_path), 0
+        shuffle = torch.randperm
+
+        def counted(*args: Any, **options: Any) -> Tensor:
+            nonlocal epochs
+            epochs += options.get("generator") is not None and args[0] > DOCUMENTS
+            result: Tensor = shuffle(*args, **options)
+            return result
+
+        monkeypatch.setattr(torch, "randperm", counted)
+        recipe = Recipe(distance=1, width=2, epochs=30, batch=64, rate=1e3, patience=2)
+        train(trace, gates_of(model), recipe)
+        assert epochs == 2 * len(sources(gates_of(model), 1))
+
     def test_what_gets_no_better_stays_zero(self, tmp_path: Path) -> None:
         model = build()
         recipe = Recipe(distance=1, width=2, epochs=3, batch=64, rate=1e3)
         corrections, scores = train(record(model, tmp_path), gates_of(model), recipe)
         assert not any(correction.out_RHG.any() for correction in corrections.values())
         assert all(score.gate == score.learned for score in scores)
+
+    @pytest.mark.parametrize(
+        ("texts", "sizes"),
+        [([3] * 10, {2, 3}), ([1] * 30, {3}), ([20, 1, 2], {1, 2}), ([2, 30], {2})],
+        ids=["alike", "documents", "one long", "two"],
+    )
+    def test_no_text_is_on_both_sides(self, texts: list[int], sizes: set[int]) -> None:
+        of = [number for number, size in enumerate(texts) for _ in range(size)]
+        for seed in range(20):
+            held = split(of, Recipe(seed=seed))
+            assert len(held) in sizes
+            assert not {of[d] for d in held} & {of[d] for d in {*range(len(of))} - held}
+        assert len({tuple(sorted(split(of, Recipe(seed=seed)))) for seed in range(20)}) > (len(texts) > 2)
+
+    def test_of_a_single_text_the_end_is_held_out(self) -> None:
+        assert split([0] * 20, Recipe()) == {18, 19}
+        assert split([0, 0, 1, 1, 1], Recipe()) == {4}
 
     def test_no_document_is_on_both_sides(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model, sides = build(), []
@@ -275,10 +340,16 @@ class TestTraining:
             assert len(tested) == 1
 
     def test_a_trace_of_another_model(self, tmp_path: Path) -> None:
+        """Also of one of the same shape."""
         trace = record(build(), tmp_path)
         torch.manual_seed(0)
-        with pytest.raises(PromoeError, match="is of another model: tiny"):
-            train(trace, gates_of(FAMILIES["mixtral"].build()), Recipe())
+        for other in (FAMILIES["mixtral"].build(), build(seed=1)):
+            with pytest.raises(PromoeError, match="is of another model: tiny"):
+                train(trace, gates_of(other), Recipe())
+
+    def test_in_other_precision(self, tmp_path: Path) -> None:
+        model = build().bfloat16()
+        train(record(model.float(), tmp_path), gates_of(model.bfloat16()), Recipe(distance=1, epochs=1, width=2))
 
     def test_without_states(self, tmp_path: Path) -> None:
         model = build()
@@ -297,7 +368,11 @@ class TestTraining:
         out = tmp_path / "p.safetensors"
         done = CliRunner().invoke(app, [*arguments, "--epochs", "2", "--width", "2", "--out", str(out), "--json"])
         assert done.exit_code == 0, done.output
-        assert len(json.loads(done.stdout)["scores"]) == sum(map(len, sources(gates_of(build()), 1).values()))
+        report = json.loads(done.stdout)
+        assert len(report["scores"]) == sum(map(len, sources(gates_of(build()), 1).values()))
+        assert len(report["held_out"]) == 1
+        with safe_open(out, framework="pt") as file:
+            assert json.loads(file.metadata()["report"]) == report
         assert load_heads(out, gates_of(build()))
         bad = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "p.bin")])
         assert bad.exit_code == 2
@@ -314,7 +389,7 @@ def test_the_packaged_one_knows_the_packaged_model(tmp_path: Path) -> None:
     ids = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"][:256]
     with Tracer(model) as tracer:
         writer = TraceWriter(tmp_path, {"model": "demo"}, tracer.layers, 10_000)
-        writer.add(tracer.document(ids, 32, 256))
+        writer.add(tracer.document(ids, 32, 256), 0)
         writer.flush()
     document, layers = next(read_trace(tmp_path).read()), find_layers(model, experts_of(model))
     found = {}

@@ -407,6 +407,40 @@ class TestOnAKnownLink:
         assert tried < 1.02 * none
 
 
+class TestWhereAllIsResident:
+    """Nobody is asked what layers will need that have all of it."""
+
+    @staticmethod
+    def asked(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Seam]]:
+        asked: list[tuple[int, Seam]] = []
+        predictor = model._promoe_runtime.prefetcher._predictor
+        predict = type(predictor).predict
+
+        def noted(self: Any, seen: Observation) -> Sequence[Prediction]:
+            asked.append((seen.layer, seen.seam))
+            found: Sequence[Prediction] = predict(self, seen)
+            return found
+
+        monkeypatch.setattr(type(predictor), "predict", noted)
+        logits(model)
+        return asked
+
+    def test_of_the_whole_model(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = promoe_triton.from_pretrained(folder, slots=LAYERS * EXPERTS, predictor="gate", always_predict=True)
+        assert model._promoe_runtime.is_settled
+        assert self.asked(model, monkeypatch) == []
+
+    def test_of_the_layers_in_reach(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        options: dict[str, Any] = {"predictor": "gate", "distance": 1, "always_predict": True}
+        model = promoe_triton.from_pretrained(folder, slots=LAYERS * (EXPERTS - 1), **options)
+        before = self.asked(model, monkeypatch)
+        assert {layer for layer, seam in before if seam is Seam.ROUTED} == {*range(LAYERS)}
+        model._promoe_runtime.layers[1].resident = True
+        after = self.asked(model, monkeypatch)
+        assert (0, Seam.ROUTED) not in after, "it speaks of layer 1 alone"
+        assert {layer for layer, seam in after if seam is Seam.ROUTED} == {*range(1, LAYERS)}
+
+
 @torch.no_grad()
 def test_a_prompt_leaves_in_slots_what_decoding_needs() -> None:
     """On real text: the 32 tokens after a prompt of 512 find what the 32 before it found, but for two in a thousand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 from zoo import FAMILIES
 
 import promoe_triton
+from promoe_triton.cli import trace as recording
 from promoe_triton.cli.commands import app
 from promoe_triton.demo import MODEL
 from promoe_triton.errors import PromoeError
@@ -93,7 +96,7 @@ class TestRecording:
 
 
 LAYERS = [TracedLayer(path="a", experts=4, active=2, hidden=3)]
-ABOUT = {"model": "m"}
+ABOUT = {"model": "m", "gates": "g"}
 
 
 def some(number: int, tokens: int) -> dict[str, Tensor]:
@@ -113,14 +116,14 @@ SIZES = (5, 1, 7, 3, 4)
 def write(folder: Path, begin: int = 0, end: int = len(SIZES), shard_tokens: int = 6) -> TraceWriter:
     writer = TraceWriter(folder, ABOUT, LAYERS, shard_tokens)
     for number in range(begin, end):
-        writer.add(some(number, SIZES[number]))
+        writer.add(some(number, SIZES[number]), number // 2)
     return writer
 
 
 def same(document: Document, number: int) -> bool:
     want = some(number, SIZES[number])
     return (
-        document.number == number
+        (document.number, document.text) == (number, number // 2)
         and document.tokens == SIZES[number]
         and torch.equal(document.token_ids_T, want["token_ids"])
         and torch.equal(document.is_prefill_T, want["is_prefill"])
@@ -147,8 +150,11 @@ class TestFiles:
 
     def test_another_model(self, tmp_path: Path) -> None:
         write(tmp_path).flush()
-        for about, layers in (({"model": "n"}, LAYERS), (ABOUT, [*LAYERS, *LAYERS])):
-            with pytest.raises(PromoeError, match="a trace of another model, text or way of recording"):
+        for about, layers, what in (
+            (ABOUT | {"model": "n", "gates": "h"}, LAYERS, "model, gates"),
+            (ABOUT, [*LAYERS, *LAYERS], "layers"),
+        ):
+            with pytest.raises(PromoeError, match=rf"a trace of something else \(other {what}\)"):
                 TraceWriter(tmp_path, about, layers, 6)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
@@ -166,7 +172,7 @@ class TestFiles:
         (tmp_path / "trace.json").write_text(json.dumps(header | {"format": 99}))
         with pytest.raises(PromoeError, match="format 99"):
             read_trace(tmp_path)
-        (tmp_path / "trace.json").write_text('{"format": 1}')
+        (tmp_path / "trace.json").write_text('{"format": 2}')
         with pytest.raises(PromoeError, match="no header of a trace"):
             read_trace(tmp_path)
 
@@ -200,12 +206,46 @@ class TestCommand:
         assert json.loads(done.stdout)["documents"] == 2
         trace = read_trace(tmp_path / "t")
         assert (trace.tokens, len(trace.layers)) == (48, 8)
-        assert trace.about["texts"][0]["name"] == "heldout.txt"
+        assert trace.about["texts"] == [
+            {"name": "heldout.txt", "sha256": hashlib.sha256(HELDOUT.read_bytes()).hexdigest()}
+        ]
+        assert trace.about.keys() >= {"model", "revision", "architecture", "dtype", "gates", "recording"}
+        assert trace.about["versions"].keys() == {"promoe_triton", "torch", "transformers"}
         first = next(trace.read())
         assert (first.expert_ids_TA(7).max() < trace.layers[7].experts).all()
         # More of the same text goes on where that ended.
         assert self.run(*options, "--documents", 3).exit_code == 0
         assert [shard.documents for shard in read_trace(tmp_path / "t").shards] == [2, 1]
+
+    def test_no_more_than_a_block_is_in_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Documents are those of the text as a whole; the second text begins a document of its own."""
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        text = HELDOUT.read_text()[:6000]
+        (tmp_path / "a.txt").write_text(text)
+        (tmp_path / "b.txt").write_text(text[:300])
+        seen: list[int] = []
+
+        def tokens(part: str, **options: Any) -> Any:
+            seen.append(len(part))
+            return tokenizer(part, **options)
+
+        monkeypatch.setattr(recording, "BLOCK", 500)
+        found = list(recording._documents(tokens, [tmp_path / "a.txt", tmp_path / "b.txt"], 32))
+        assert max(seen) < 700
+        assert tokenizer.decode([token for ids, number in found if not number for token in ids]) == text
+        sizes = [[len(ids) for ids, number in found if number == text] for text in (0, 1)]
+        assert all({*of[:-1]} == {32} and 1 < of[-1] <= 32 for of in sizes)
+        assert [number for _, number in found] == sorted(number for _, number in found)
+        assert {number for _, number in found} == {0, 1}
+
+    def test_texts_are_not_read_further_than_they_are_asked_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(recording, "BLOCK", 100)
+        tokenizer, seen = AutoTokenizer.from_pretrained(MODEL), []
+        documents = recording._documents(lambda p, **o: seen.append(p) or tokenizer(p, **o), [HELDOUT], 8)
+        next(documents)
+        assert sum(map(len, seen)) < 1000
 
     def test_bad_texts(self, tmp_path: Path) -> None:
         (tmp_path / "empty.txt").write_text("")

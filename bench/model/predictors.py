@@ -30,7 +30,7 @@ OTHER = ("Tensor*.h", "Dispatch*.h", "Context.h", "Parallel*.h", "record_functio
 """Another domain: C++ of torch, whose installed headers are of the version that the constraints name."""
 
 
-def training_text(documents: Sequence[Document], docs: int, code: int) -> str:
+def training_texts(documents: Sequence[Document], docs: int, code: int) -> list[str]:
     """Return a piece from the middle of each of so many documents that the model was trained on."""
     pieces = []
     ordered = sorted(documents, key=lambda d: hashlib.sha256(d.path.encode()).digest())
@@ -39,7 +39,7 @@ def training_text(documents: Sequence[Document], docs: int, code: int) -> str:
         for document in mine[:count]:
             begin = (len(document.text) - PIECE) // 3
             pieces.append(document.text[begin : begin + PIECE])
-    return "\n".join(pieces)
+    return pieces
 
 
 def command(*arguments: str | Path) -> None:
@@ -65,15 +65,18 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     headers = Path(torch.__file__).parent / "include" / "ATen"
     other = [path for pattern in OTHER for path in sorted(headers.glob(pattern))]
-    for name, text in (
-        ("trained", training_text(read_documents(args.docs, args.stdlib), *args.pieces)),
-        ("held-out", (ROOT / DEMO / "heldout.txt").read_text()),
-        ("other", "\n".join(path.read_text() for path in other)),
+    for name, texts in (
+        ("trained", training_texts(read_documents(args.docs, args.stdlib), *args.pieces)),
+        ("held-out", [(ROOT / DEMO / "heldout.txt").read_text()]),
+        ("other", ["\n".join(path.read_text() for path in other)]),
     ):
-        (work / f"{name}.txt").write_text(text)
+        files = [work / f"{name}-{number:03}.txt" for number in range(len(texts))]
+        for file, text in zip(files, texts, strict=True):
+            file.write_text(text)
         more = ["--dtype", "float32"] if name == "trained" else ["--documents", f"{args.documents}"]
         slots = ["--slots", "1.0", "--device", "cpu"]
-        command("trace", args.model, "--text", work / f"{name}.txt", "--out", work / name, *slots, *more)
+        given = [part for file in files for part in ("--text", file)]
+        command("trace", args.model, *given, "--out", work / name, *slots, *more)
     made = []
     for kind, options in (
         ("learned", ["--width", "256", "--epochs", "6"]),

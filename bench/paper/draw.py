@@ -32,20 +32,22 @@ def table(folder: Path, error: float) -> str:
 
 
 def draw(folder: Path) -> None:
-    """Draw paper.png: the table, speedups over three baselines, the ablation, and what the gain depends on."""
+    """Draw paper.png: the table, speedups over three baselines, models, the ablation, and what the gain depends on."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = _rows(folder)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), constrained_layout=True)
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7.4), constrained_layout=True)
     _development(axes[0][0], rows, "time", "ms", "ms per token")
     _development(axes[0][1], rows, "hits", "hits", "hit ratio")
     _bars(axes[0][2], rows)
+    _models(axes[0][3], rows)
     _ablation(axes[1][0], rows)
-    _sweep(axes[1][1], rows, "batch", "texts side by side")
-    _sweep(axes[1][2], rows, "bits", "bits per weight of an expert")
+    _sweep(axes[1][1], rows, "slots", "share of experts in slots")
+    _sweep(axes[1][2], rows, "batch", "texts side by side")
+    _sweep(axes[1][3], rows, "bits", "bits per weight of an expert")
     figure.suptitle("Simulated (solid, blue) beside published (dashed, orange): RTX 4090, PCIe 4.0, transformers' loop")
     figure.savefig(folder / "paper.png", dpi=110)
     plt.close(figure)
@@ -79,6 +81,17 @@ def _bars(axes: Any, rows: dict[Any, record.Row]) -> None:
     axes.set(ylabel="times as fast", title="everything over the baselines, mean of models")
 
 
+def _models(axes: Any, rows: dict[Any, record.Row]) -> None:
+    cases = sorted({case for case, variant, _ in rows if variant == "all" and "%" in case})
+    for shift, (stage, over, color) in enumerate((("decode", "lru", BLUE), ("prefill", "lru", GREY))):
+        ratios = [rows[case, over, stage].p50 / rows[case, "all", stage].p50 for case in cases]
+        axes.barh([i + 0.2 - 0.4 * shift for i in range(len(cases))], ratios, 0.38, color=color, label=stage)
+    axes.axvline(1.0, color=GREY, lw=0.8)
+    axes.set_yticks(range(len(cases)), [case.removesuffix(".0%") + " %" for case in cases], fontsize=7)
+    axes.set(xlabel="everything, times as fast as LRU", title="by model and share in slots, where it fits")
+    axes.legend(fontsize=7)
+
+
 def _ablation(axes: Any, rows: dict[Any, record.Row]) -> None:
     theirs = published()["ablation"]
     cases = [(stage, name) for stage in theirs for name in theirs[stage]]
@@ -102,6 +115,9 @@ def _sweep(axes: Any, rows: dict[Any, record.Row], name: str, label: str) -> Non
         for (case, variant, _), row in rows.items()
         if case.startswith(f"{name} ") and variant == "everything / lru"
     ]
-    axes.plot(*zip(*sorted(found), strict=True), color=BLUE, marker="o")
+    axes.plot(*zip(*sorted(found), strict=True), color=BLUE, marker="o", label="simulated")
+    if known := published()["sensitivity"].get(name):
+        axes.plot([float(x) for x in known], [*known.values()], color=ORANGE, marker="s", ls="--", label="published")
+        axes.legend(fontsize=7)
     axes.axhline(1.0, color=GREY, lw=0.8)
     axes.set(xlabel=label, ylabel="decode, times as fast as LRU", title=f"gain against {label}", ylim=(0.9, None))

@@ -61,12 +61,12 @@ def fit(quick: bool) -> Fitted:
     count, tokens = (2, 12) if quick else (3, 64)
     resident = fmean(TABLE["resident_ms"]) / 1e3
     for _ in range(3):
-        took = run(scene(NAME, found, count, tokens), slots=1.0, ablation="lru").tpot_seconds
+        took = run(scene(NAME, found, count, tokens, roomy=True), slots=1.0, ablation="lru").tpot_seconds
         found = _with(found, launch_seconds=found.launch_seconds * resident / took)
     low, high = 10e9, 40e9
     for _ in range(5 if quick else 10):
         found = _with(found, link_bandwidth=(low + high) / 2)
-        of = scene(NAME, found, count, tokens)
+        of = scene(NAME, found, count, tokens, roomy=True)
         excess = fmean(
             run(of, slots=share, ablation="lru").tpot_seconds * 1e3 / ms - 1.0
             for share, ms in zip(TABLE["shares"], TABLE["columns"]["lru"]["ms"], strict=True)

@@ -67,15 +67,26 @@ def texts_of(name: str, statistics: Statistics, count: int, tokens: int) -> list
     return synthetic_texts(shape_of(name), statistics, count, tokens)
 
 
-def scene(name: str, fitted: Fitted, count: int, tokens: int, software: Software | None = None) -> Scene:
-    """Return a model on the fitted machine, with `count` texts, the first of which fills the cache."""
+def scene(
+    name: str, fitted: Fitted, count: int, tokens: int, software: Software | None = None, *, roomy: bool = False
+) -> Scene:
+    """Return a model on the fitted machine, with `count` texts, the first of which fills the cache.
+
+    roomy: with as much memory as is asked for. The development table has three quarters of DeepSeek-MoE-16B, and all of
+    it, in slots: more than a card of 24 GB holds, so it is of another machine, or of a part of the model.
+    """
+    machine = fitted.hardware()
     return Scene(
         shape=shape_of(name),
-        hardware=fitted.hardware(),
+        hardware=replace(machine, memory_bytes=1e12) if roomy else machine,
         software=software or read_software("loop"),
         texts=texts_of(name, fitted.statistics(), count, tokens),
     )
 
 
+def choice_of(**choice: Any) -> Choice:
+    return Choice(**{"chunking": "tensor", "policy": "lru", "prompt": 1} | choice)
+
+
 def run(of: Scene, **choice: Any) -> Outcome:
-    return simulate(of, Choice(**{"chunking": "tensor", "policy": "lru", "prompt": 1} | choice), **PAPER_LINK)
+    return simulate(of, choice_of(**choice), **PAPER_LINK)

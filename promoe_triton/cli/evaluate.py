@@ -18,6 +18,8 @@ from promoe_triton.evaluation.comparing import NONE, Question, compare, steps
 from promoe_triton.evaluation.measures import ALL, Row
 from promoe_triton.policies import POLICIES
 from promoe_triton.predictors.choice import make_predictor
+from promoe_triton.predictors.gates import read_gates
+from promoe_triton.predictors.learned import fingerprint
 from promoe_triton.predictors.reach import Reach, RoutedLayers, find_layers
 from promoe_triton.protocols import Predictor
 from promoe_triton.traces import Trace, read_trace
@@ -66,6 +68,8 @@ def evaluate(
         trace.check_states()
     first = next(iter(opened.values()))
     question = _question(first, model, files, _shares(slots), distance, link, trust)
+    for trace in opened.values():
+        trace.check_model(first.about.get("gates"))
     rows: list[Row] = []
     with steps_progress("Evaluating", len(opened) * steps(question)) as step:
         for name, trace in opened.items():
@@ -109,10 +113,11 @@ def predictors_for(
 ) -> tuple[RoutedLayers, Callable[[str], Predictor]]:
     """Return the layers of the model that was traced, and what makes predictors for it, by name or file.
 
-    model: its name (None: the one in the trace).
+    model: its name (None: the one in the trace). Raises PromoeError where it is not the one that was traced.
     """
     patched = load_routers(model, trace, trust)
     experts = experts_of(patched)
+    trace.check_model(fingerprint(read_gates(patched, experts)))
     layers = find_layers(patched, experts)
     reach = Reach(distance=distance, width=min(2 * max(layers.active), min(layers.experts)))
 
@@ -159,7 +164,7 @@ def _show(name: str, rows: Sequence[Row], question: Question) -> None:
     )
     share = min(question.slots, key=lambda one: abs(one - 0.5))
     common = {"policy": "lru", "slots": share}
-    misses = {"metric": "recall on misses", **common}
+    misses = {"metric": "recall on misses", "layer": ALL, **common}
     print_table(
         ["predictor", *heads, *(f"GOODPRED {d}" for d in distances)],
         [

@@ -145,8 +145,11 @@ def working(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def steps_progress(label: str, steps: int) -> Iterator[Callable[[str], None]]:
-    """Show how many steps are done, on stderr: a bar in a terminal, else a line every few seconds."""
+def steps_progress(label: str, steps: int | None) -> Iterator[Callable[[str], None]]:
+    """Show how many steps are done, on stderr: a bar in a terminal, else a line every few seconds.
+
+    steps: how many there are; None: nobody knows.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(console, label, steps).step
@@ -160,7 +163,7 @@ def steps_progress(label: str, steps: int) -> Iterator[Callable[[str], None]]:
 class _Lines:
     """A line when some seconds have passed since the last, and at the end."""
 
-    def __init__(self, console: Console, label: str, steps: int) -> None:
+    def __init__(self, console: Console, label: str, steps: int | None) -> None:
         self._console, self._label, self._steps = console, label, steps
         self._done, self._last = 0, 0.0
 
@@ -169,5 +172,6 @@ class _Lines:
         now = time.monotonic()
         if now - self._last >= LINE_SECONDS or self._done == self._steps:
             self._last = now
-            line = f"{self._label}: {self._done} of {self._steps}, {what}"
+            of = "" if self._steps is None else f" of {self._steps}"
+            line = f"{self._label}: {self._done}{of}, {what}"
             self._console.print(line, soft_wrap=True, highlight=False, markup=False)

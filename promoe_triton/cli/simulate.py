@@ -13,7 +13,7 @@ import typer
 from promoe_triton.cli.evaluate import NAMED, predictors_for
 from promoe_triton.cli.generation import TRUST
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, working, write_csv
-from promoe_triton.config import LEARNED
+from promoe_triton.config import LEARNED, format_size
 from promoe_triton.evaluation.goodpred import routed
 from promoe_triton.evaluation.replay import replay
 from promoe_triton.simulation.description import hardware_names, read_hardware, read_software
@@ -24,6 +24,8 @@ from promoe_triton.simulation.sweep import (
     Choice,
     Scene,
     combinations,
+    fits,
+    memory_needed,
     simulate,
     synthetic_texts,
     traced_texts,
@@ -111,12 +113,15 @@ def simulate_command(
             with working(f"Showing {trace} to predictors"):
                 named = _named(recorded, model, real, furthest, most + tokens, count, trust)
     scene = Scene(shape=shape, hardware=machine, software=read_software(software), texts=texts, named=named)
+    fitting = [choice for choice in choices if fits(scene, choice)]
+    if not fitting:
+        simulate(scene, choices[0])
     rows: list[dict[str, Any]] = []
-    with steps_progress("Simulating", len(choices)) as done:
-        for choice in choices:
+    with steps_progress("Simulating", len(fitting)) as done:
+        for choice in fitting:
             shown = scene.first(2 * choice.batch, choice.prompt + tokens)
             outcome = simulate(shown, choice, always_predict=always)
-            rows.append(asdict(choice) | outcome.as_dict())
+            rows.append(asdict(choice) | {"memory_bytes": memory_needed(shown, choice)} | outcome.as_dict())
             done(f"slots {choice.slots}, {choice.ablation}")
     _say_hidden(rows)
     if out is not None:
@@ -126,6 +131,11 @@ def simulate_command(
         print_json(about | {"statistics": asdict(statistics), "runs": rows})
         return
     _show(rows, f"{shape.name} on {machine.name}")
+    if left_out := len(choices) - len(fitting):
+        print_note(
+            f"{left_out} of {len(choices)} combinations are left out: slots, all other weights and the cache take more "
+            f"than the {format_size(int(machine.memory_bytes))} there are."
+        )
 
 
 def _check_predictor(name: str, trace: Path | None) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,28 +42,30 @@ def trace(
     """
     check_dtype(dtype)
     slots_wanted = parse_slots(slots)
-    texts = {file: _read(file) for file in text}
-    tokenizer = load_tokenizer(model, trust)
-    cut = list(_documents(tokenizer, list(texts.values()), length))[:documents]
-    if not cut:
+    texts = [{"name": file.name, "sha256": _digest(file)} for file in text]
+    cut = islice(_documents(load_tokenizer(model, trust), text, length), documents)
+    first = next(cut, None)
+    if first is None:
         raise ValueError("the texts hold no document of two tokens or more")
     patched = promoe_triton.from_pretrained(
         model, slots=slots_wanted, device=device, dtype=dtype, trust_remote_code=trust
     )
+    tracer = Tracer(patched, states)
     about = {
         "model": model,
         "revision": getattr(patched.config, "_commit_hash", None),
         "architecture": type(patched).__name__,
         "dtype": str(patched.dtype).removeprefix("torch."),
-        "texts": [{"name": file.name, "sha256": _digest(content)} for file, content in texts.items()],
+        "gates": tracer.gates,
+        "texts": texts,
         "recording": {"length": length, "prompt": prompt, "piece": piece, "states": states},
         "versions": {"promoe_triton": __version__, **{name: version(name) for name in ("torch", "transformers")}},
     }
-    with Tracer(patched, states) as tracer, steps_progress("Recording", len(cut)) as step:
+    with tracer, steps_progress("Recording", documents) as step:
         writer = TraceWriter(out, about, tracer.layers, _shard_tokens(tracer, patched, states))
-        for number, ids in enumerate(cut):
+        for number, (ids, of) in enumerate(chain([first], cut)):
             if number >= writer.documents:
-                writer.add(tracer.document(ids, prompt, piece))
+                writer.add(tracer.document(ids, prompt, piece), of)
             step(f"{len(ids)} tokens")
         writer.flush()
     done = read_trace(out)
@@ -88,21 +92,37 @@ def _shard_tokens(tracer: Tracer, model: Any, states: bool) -> int:
     return max(SHARD_BYTES // per_token, 1)
 
 
-def _read(file: Path) -> str:
+BLOCK = 2**20
+"""About so many characters of a text are in memory as tokens at a time."""
+
+
+def _digest(file: Path) -> str:
+    """Return the hash of a file. Raises ValueError where it is no text, to its end."""
+    for _ in _blocks(file):
+        pass
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _blocks(file: Path) -> Iterator[str]:
+    """Yield a text in blocks that end with a line. Raises ValueError where it is none."""
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as opened:
+            for part in iter(partial(opened.read, BLOCK), ""):
+                yield part + opened.readline()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _documents(tokenizer: Any, texts: Sequence[str], length: int) -> Iterator[list[int]]:
-    """Cut texts into documents of at most so many tokens; a rest of a single token is left out."""
-    for content in texts:
-        ids = tokenizer(content, verbose=False)["input_ids"]
-        for begin in range(0, len(ids), length):
-            if len(part := ids[begin : begin + length]) > 1:
-                yield part
+def _documents(tokenizer: Any, texts: Sequence[Path], length: int) -> Iterator[tuple[list[int], int]]:
+    """Yield documents of at most so many tokens, and of which text each is; a rest of a single token is left out."""
+    for number, file in enumerate(texts):
+        ids: list[int] = []
+        for place, part in enumerate(_blocks(file)):
+            ids += tokenizer(part, verbose=False, add_special_tokens=not place)["input_ids"]
+            whole = (len(ids) - 1) // length * length
+            for begin in range(0, whole, length):
+                yield ids[begin : begin + length], number
+            del ids[:whole]
+        if len(ids) > 1:
+            yield ids, number

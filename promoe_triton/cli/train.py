@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from promoe_triton.predictors.gates import read_gates
 from promoe_triton.predictors.learned import save_heads
 from promoe_triton.traces import read_trace
 from promoe_triton.tracing import experts_of
-from promoe_triton.training import Recipe, check_trace, sources, train
+from promoe_triton.training import Recipe, check_trace, sources, split, train
 
 RECIPE = Recipe()
 
@@ -38,7 +39,8 @@ def train_command(
 ) -> None:
     """Train a predictor of later layers' experts: a correction to their own gates, from recorded states.
 
-    One document in ten is held out, and says when to end. Use the file with patch(model, predictor=FILE).
+    A tenth of the documents, whole texts if there are several, is held out, and says when to end. Use the file with
+    patch(model, predictor=FILE).
     """
     if out.suffix != LEARNED:
         raise ValueError(f"--out: a predictor's file must end in {LEARNED}, got {out}")
@@ -49,9 +51,16 @@ def train_command(
     patched = load_routers(model, trace, trust)
     gates = read_gates(patched, experts_of(patched))
     check_trace(trace, gates)
+    began = time.monotonic()
     with steps_progress("Training", len(sources(gates, distance))) as step:
         heads, scores = train(trace, gates, recipe, step)
-    report = {"trace": dict(trace.about), "recipe": asdict(recipe), "scores": [asdict(score) for score in scores]}
+    report = {
+        "trace": dict(trace.about),
+        "recipe": asdict(recipe),
+        "held_out": sorted(split([document.text for document in trace.read()], recipe)),
+        "seconds": round(time.monotonic() - began),
+        "scores": [asdict(score) for score in scores],
+    }
     save_heads(out, heads, gates, report)
     if as_json:
         print_json(report)

@@ -1,5 +1,9 @@
 """GOODPRED at each distance: what predictions come to once they have to arrive in time (paper, section on GOODPRED).
 
+    GOODPRED = accuracy x fetch rate
+    accuracy = of the A experts named for a layer and a token, the share that is then chosen
+    fetch rate = of the same, the share that is in slots before the layer asks, copied ahead or not
+
 The runtime's own core on a virtual clock, without a machine: all that matters is how many experts the link brings while
 one layer computes, beside what the layers wait for. Letters: T tokens, A active experts, L layers, H distances.
 """
@@ -16,9 +20,9 @@ from promoe_triton.evaluation.measures import named_at
 from promoe_triton.evaluation.replay import From, Replayed
 from promoe_triton.links.fake import Wire
 from promoe_triton.protocols import Part
-from promoe_triton.simulation.routing import Routed, passes
+from promoe_triton.simulation.routing import Pass, Routed, passes
 from promoe_triton.simulation.shapes import LayerShape, ModelShape
-from promoe_triton.simulation.simulator import Outcome, Simulator
+from promoe_triton.simulation.simulator import Outcome, SimulatedLayer, Simulator
 
 LAYER_SECONDS = 1e-3
 HALF_BYTES = 1 << 20
@@ -45,6 +49,40 @@ class Even:
 
     def head(self, tokens: int) -> float:
         return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timely:
+    """Of the experts that were named at one distance: how many were chosen, and how many were there in time."""
+
+    named: int
+    chosen: int
+    there: int
+
+    @property
+    def fetch_rate(self) -> float:
+        return self.there / self.named if self.named else float("nan")
+
+    @property
+    def goodpred(self) -> float:
+        return self.chosen / self.named * self.fetch_rate if self.named else float("nan")
+
+
+class _Watched(Simulator):
+    """Looks at each layer of a decode step, when it asks, whether what was named for it is there."""
+
+    distance = 0
+    named = chosen = there = 0
+
+    def _layer(self, layer: SimulatedLayer, this: Pass, settled: bool) -> None:
+        if self.distance and not this.prefill:
+            ready = self.core.tables[layer.index].ready()
+            rows = this.rows(layer.index)
+            for expert in this.ranked(self.distance, layer.index, layer.experts):
+                self.named += 1
+                self.chosen += expert in rows
+                self.there += layer.keys[expert] in ready
+        super()._layer(layer, this, settled)
 
 
 def routed(document: Replayed, active: Sequence[int], distances: int, only: int | None = None) -> Routed:
@@ -74,10 +112,11 @@ def run(
     policy: str = "lru",
     only: int | None = None,
     prompt: int = 32,
-) -> Outcome:
+) -> tuple[Outcome, Timely]:
     """Decode documents, each after a prompt of its first tokens; the first fills the cache and does not count.
 
-    link: experts that it brings while one layer computes. distances: how far ahead is predicted.
+    link: experts that it brings while one layer computes. distances: how far ahead is predicted; only: at this distance
+    alone, of which it is said then what was there in time.
     Raises ValueError where a document is not longer than its prompt.
     """
     shape = ModelShape(
@@ -98,8 +137,10 @@ def run(
         slots=slots, distance=distances, policy=policy, partition="layer", latency=LAYER_SECONDS, always_predict=True
     )
     wire = Wire(bandwidth=link * 3 * HALF_BYTES / LAYER_SECONDS, latency=0.0)
-    simulator = Simulator(shape, Even(max(active)), wire, config)
+    simulator = _Watched(shape, Even(max(active)), wire, config)
     texts = [routed(document, active, distances, only) for document in documents]
     simulator.run(passes(texts[:1], prompt=prompt))
     simulator.reset()
-    return simulator.run(passes(texts[1:], prompt=prompt))
+    simulator.distance = only or 0
+    outcome = simulator.run(passes(texts[1:], prompt=prompt))
+    return outcome, Timely(simulator.named, simulator.chosen, simulator.there)

@@ -82,30 +82,34 @@ def on_misses(
 ) -> Iterator[Row]:
     """Yield the same for experts that a cache does not hold: precision of those named, recall of those missed.
 
-    resident: by document and layer, bool [T, E]. Of the experts named first, A and 2 A are looked at.
+    resident: by document and layer, bool [T, E]. Of the experts named first, A (also by layer) and 2 A are looked at.
     """
     for place in _places(documents):
         for k in (active, 2 * active):
-            right = named = missed = 0
+            by_layer = {}
             for document, masks in zip(documents, resident, strict=True):
                 for layer, found in enumerate(document.named):
                     if place in found:
                         known_T = found[place][:, 0] >= 0
                         one = _missed(found[place][known_T, :k], document.chosen[layer][known_T], masks[layer][known_T])
-                        right, named, missed = right + one[0], named + one[1], missed + one[2]
+                        by_layer[f"{layer}"] = by_layer.get(f"{layer}", _NONE) + one
             common = {"text": text, "predictor": predictor, "source": place.seam, "ahead": place.ahead}
             common |= {"k": k, "policy": policy, "slots": slots}
-            if named and missed:
-                yield Row(metric="precision on misses", value=right / named, **common)  # type: ignore[arg-type]
-                yield Row(metric="recall on misses", value=right / missed, **common)  # type: ignore[arg-type]
+            for layer, (right, named, missed) in [*by_layer.items(), (ALL, sum(by_layer.values(), _NONE))]:
+                if named and missed and (layer == ALL or k == active):
+                    yield Row(metric="precision on misses", value=right / named, layer=layer, **common)  # type: ignore[arg-type]
+                    yield Row(metric="recall on misses", value=right / missed, layer=layer, **common)  # type: ignore[arg-type]
 
 
-def _missed(named_TK: Ids, chosen_TA: Ids, resident_TE: Mask) -> tuple[int, int, int]:
-    """Return how many of the experts named were missed and chosen, how many were absent, how many were missed."""
+_NONE = np.zeros(3, np.int64)
+
+
+def _missed(named_TK: Ids, chosen_TA: Ids, resident_TE: Mask) -> NDArray[np.int64]:
+    """Return, [3], how many of the experts named were missed and chosen, how many were absent, how many were missed."""
     absent_TE = ~resident_TE
     wanted_TE = _mask(chosen_TA, resident_TE.shape[1]) & absent_TE
     guessed_TE = _mask(named_TK, resident_TE.shape[1]) & absent_TE
-    return int((wanted_TE & guessed_TE).sum()), int(guessed_TE.sum()), int(wanted_TE.sum())
+    return np.array([(wanted_TE & guessed_TE).sum(), guessed_TE.sum(), wanted_TE.sum()])
 
 
 def hits(

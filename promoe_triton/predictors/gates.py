@@ -8,6 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ class Gate:
     """A router of E experts as one product: logits = weight_GD @ u + bias_G, u the standardised state.
 
     The gain and shift of the layer's norm are folded in. correction_G: the router's bias on scores, None where it
-    has none. The weights have the router's own dtype, the rest is single precision.
+    has none. The weights have the router's own dtype, the rest is single precision. digest: of the router's weights,
+    whatever their dtype.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Gate:
     bias_G: Tensor
     correction_G: Tensor | None
     rule: Rule
+    digest: str
 
     def scores(self, u_TD: Tensor) -> Tensor:
         """Return the scores that the router compares, [T, G], from the standardised state."""
@@ -67,6 +70,7 @@ class TokenRoutes:
     norm: Norm
     experts: int
     ids_VA: Tensor
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +117,8 @@ def _read(model: nn.Module, place: Place, E: int) -> Gate | TokenRoutes:
     D = matrix.shape[1]
     if isinstance(getattr(original, "tid2eid", None), Tensor):
         norm = _outer_norm(model, place, name, D).to(original.tid2eid.device)
-        return TokenRoutes(name=name, norm=norm, experts=E, ids_VA=original.tid2eid.long())
+        ids_VA = original.tid2eid.long()
+        return TokenRoutes(name=name, norm=norm, experts=E, ids_VA=ids_VA, digest=_digest(ids_VA))
     norm = _inner_norm(router, block, owner, D) or _outer_norm(model, place, name, D)
     states = torch.randn(PROBES, D, generator=torch.Generator().manual_seed(1))
     seen_TD = states if norm.inside else norm.standardise(states) * norm.gain_D + norm.shift_D
@@ -132,10 +137,15 @@ def _read(model: nn.Module, place: Place, E: int) -> Gate | TokenRoutes:
             bias_G=bias[:G] + weight[:G] @ norm.shift_D,
             correction_G=correction if correction.any() else None,
             rule=rule,
+            digest=_digest(matrix.detach().to(torch.bfloat16).view(torch.int16)),
         )
         if _reproduces(gate, u_TD, chosen_TA):
             return gate.like(_matrix(original, name)[1])
     raise ValueError(f"{name}: its own choice is not reproduced from its weights by any rule known")
+
+
+def _digest(numbers: Tensor) -> str:
+    return hashlib.blake2b(numbers.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:

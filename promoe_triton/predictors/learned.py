@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from promoe_triton.errors import PromoeError
-from promoe_triton.predictors.gates import Gate, Gates
+from promoe_triton.predictors.gates import Gates
 from promoe_triton.protocols import Seam
 
-FORMAT = "promoe predictor 2"
+FORMAT = "promoe predictor 3"
 
 Source = tuple[int, Seam]
 """From where a prediction is made: a layer, and a seam of it."""
@@ -69,13 +69,8 @@ _NAMES = {"in": "in_DR", "in_bias": "in_R", "out": "out_RHG", "out_bias": "out_H
 
 def fingerprint(gates: Gates) -> str:
     """Return what tells the gates of one model from those of another: the routers' weights, rounded to bf16."""
-    digest = hashlib.blake2b(digest_size=16)
-    for gate in gates.layers:
-        if isinstance(gate, Gate):
-            rounded = gate.weight_GD.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(rounded.view(torch.uint8).numpy().tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()
+    each = "|".join("" if gate is None else gate.digest for gate in gates.layers)
+    return hashlib.blake2b(each.encode(), digest_size=16).hexdigest()
 
 
 def save_heads(path: Path, heads: Heads, gates: Gates, report: Mapping[str, object]) -> None:
@@ -101,7 +96,7 @@ def load_heads(path: Path, gates: Gates) -> dict[Source, Head]:
     if about.get("format") != FORMAT:
         raise PromoeError(f"{path} is no predictor of this version (promoe-triton train writes one)")
     if about.get("gates") != fingerprint(gates):
-        raise PromoeError(f"{path} was trained for another model: its routers have other weights")
+        raise PromoeError(f"{path} was trained for another model, whose routers have other weights or sizes")
     parts: dict[Source, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         layer, seam, name = full.split(".")

@@ -65,6 +65,14 @@ class ModelShape:
     def dense_bytes(self) -> int:
         return round((self.dense_weights + self.head_weights) * self.dense_bits / 8)
 
+    def memory(self, slot_bytes: int, batch: int, tokens: int) -> int:
+        """Return the fast memory that a run takes: slots, all other weights, and the cache of `batch` texts' tokens.
+
+        What a pass needs beside those is left out: it depends on how it is written.
+        """
+        embedding = round(self.head_weights * self.dense_bits / 8)
+        return slot_bytes + self.dense_bytes + embedding + round(batch * tokens * self.kv_weights * self.dense_bits / 8)
+
     @property
     def accesses(self) -> int:
         """Return expert accesses of one token."""
