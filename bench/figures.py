@@ -213,6 +213,7 @@ STEPS = {
     "+prefetch": "#b9cbe2",
     "+chunks": "#7fb0e0",
     "+preemption": "#2f74bd",
+    "+reorder": "#1d569c",
     "all": "#12365f",
     "preemption + reorder, no prediction": GOLD,
 }

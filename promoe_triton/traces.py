@@ -148,9 +148,7 @@ class Trace:
                         raise PromoeError(f"{path} does not hold the documents that {HEADER} says")
                     tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
                     for begin, end in pairwise(bounds):
-                        yield Document(
-                            number=number, text=int(texts[begin]), tensors=tensors, begin=begin, end=end
-                        )
+                        yield Document(number=number, text=int(texts[begin]), tensors=tensors, begin=begin, end=end)
                         number += 1
             except (OSError, SafetensorError) as error:
                 raise PromoeError(f"{path} cannot be read ({error}): record the trace again") from error
@@ -205,7 +203,8 @@ class TraceWriter:
         if known is not None and (known.about, known.layers) != (self._about, self._layers):
             others = [name for name in about if known.about.get(name) != self._about[name]] or ["layers"]
             raise PromoeError(
-                f"{folder} holds a trace of something else (other {', '.join(others)}); name another folder, or remove it"
+                f"{folder} holds a trace of something else (other {', '.join(others)}); name another folder, or "
+                "remove it"
             )
         self._shards = list(known.shards) if known is not None else []
         folder.mkdir(parents=True, exist_ok=True)

@@ -63,9 +63,7 @@ class Driven(RuleBasedStateMachine):
         reorder=st.booleans(),
         policy=st.sampled_from(POLICIES),
     )
-    def open(
-        self, slots: list[int], shared: bool, overtake: bool, preempt: bool, reorder: bool, policy: str
-    ) -> None:
+    def open(self, slots: list[int], shared: bool, overtake: bool, preempt: bool, reorder: bool, policy: str) -> None:
         self.core = make_core(slots, shared, policy, overtake=overtake, preempt=preempt, reorder=reorder)
         self.overtake, self.preempt = overtake, preempt
         self.out: list[Chunk] = []

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,11 @@ def test_more_bandwidth_is_never_slower(
 @pytest.mark.parametrize(("asking", "tokens"), [(0.0, 60), (1.0, 240)], ids=["for nothing", "at its price"])
 @settings(laws)
 @given(
-    size=larger, seed=st.integers(0, 99), slots=st.integers(2, 8), rate=st.sampled_from([1e9, 4e9, 32e9]), prompt=prompts
+    size=larger,
+    seed=st.integers(0, 99),
+    slots=st.integers(2, 8),
+    rate=st.sampled_from([1e9, 4e9, 32e9]),
+    prompt=prompts,
 )
 def test_a_perfect_predictor_is_never_slower_than_none(
     asking: float, tokens: int, size: tuple[int, int, int], seed: int, slots: int, rate: float, prompt: int
@@ -438,7 +443,7 @@ def test_the_paper_is_reproduced(tmp_path: Path) -> None:
     left_out = [row for row in rows if row["note"].startswith("left out")]
     assert [row["case"] for row in left_out] == ["deepseek-moe-16b, 75.0%"]
     assert float(left_out[0]["p50"]) > 24
-    assert (tmp_path / "paper.png").stat().st_size > 50_000
+    assert (tmp_path / "paper.png").exists() is (find_spec("matplotlib") is not None)
 
 
 def call(*arguments: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -68,7 +69,7 @@ def one(case: str, variant: str, metric: str, unit: str, value: float, note: str
 
 
 def speedups(fitted: Fitted, length: Length, results: record.Results) -> None:
-    """Everything on, over static, LRU and whole layers, for the paper's models and what fits of three sizes of the cache."""
+    """Everything on, over static, LRU and whole layers, for the paper's models at those cache sizes that fit."""
     over: dict[tuple[str, str], list[float]] = {}
     for model in length.models:
         of = scene(model, fitted, length.texts, PROMPT + length.tokens)
@@ -159,7 +160,8 @@ def main() -> None:
     error = development(fitted, length, results)
     for part in (speedups, ablation, sensitivity):
         part(fitted, length, results)
-    draw(folder)
+    if find_spec("matplotlib"):
+        draw(folder)
     print(table(folder, error))
 
 

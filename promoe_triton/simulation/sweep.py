@@ -121,8 +121,8 @@ def simulate(scene: Scene, choice: Choice, **options: Any) -> Outcome:
     if not fits(scene, choice):
         needed = format_size(memory_needed(scene, choice))
         raise ValueError(
-            f"slots={choice.slots!r} of {shape.name} at {choice.bits:g} bits and a batch of {choice.batch} take {needed} "
-            f"with all other weights, and {hardware.name} has {format_size(int(hardware.memory_bytes))}"
+            f"slots={choice.slots!r} of {shape.name} at {choice.bits:g} bits and a batch of {choice.batch} take "
+            f"{needed} with all other weights, and {hardware.name} has {format_size(int(hardware.memory_bytes))}"
         )
     simulator = Simulator(
         shape,
