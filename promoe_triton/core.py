@@ -33,13 +33,14 @@ class Needs:
     """The experts of one call: resident ones (leased), those that will stay, and those that pass through.
 
     Those that pass through are copied half by half, so that every byte is still copied once. leaving: resident ones
-    that are to be discarded after the call.
+    that are to be discarded after the call. dropped: those on their way that were expected, and are not needed.
     """
 
     resident: list[ExpertKey]
     missing: list[ExpertKey]
     streamed: list[ExpertKey]
     leaving: list[ExpertKey]
+    dropped: list[ExpertKey]
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Tally:
     on_time, late: the layer needed them, and they were there, or still on their way. dropped: it did not, and their
     copy was given up. evicted: they left their slots before anybody needed them. All others of those issued have yet
     to prove themselves. copied, useful: bytes copied ahead, and those of them that the layer then needed; unproven:
-    those that may still be needed.
+    those that may still be needed. late_copied: of the useful ones, those of experts that were late.
     """
 
     issued: int = 0
@@ -60,6 +61,7 @@ class Tally:
     copied: int = 0
     useful: int = 0
     unproven: int = 0
+    late_copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ class Core:
             self.absent += self._ghosts[table].misses(keys)
         self._advance(layer)
         self._reopen(table)
-        self._settle_guesses(layer, {key.expert for key in keys})
+        dropped = self._settle_guesses(layer, {key.expert for key in keys})
         ready = table.ready()
         resident: list[ExpertKey] = []
         missing: list[ExpertKey] = []
@@ -180,7 +182,7 @@ class Core:
                 passing = len(missing) - kept
                 streamed, missing = missing[:passing], missing[passing:]
         leaving = [] if self._reorder else [key for key in keys[: -len(table)] if key in {*resident}]
-        return Needs(resident=resident, missing=missing, streamed=streamed, leaving=leaving)
+        return Needs(resident=resident, missing=missing, streamed=streamed, leaving=leaving, dropped=dropped)
 
     def ask(self, key: ExpertKey, part: Part) -> Transfer:
         """Make the copy of an expert that a layer waits for urgent, whether it is on its way or not.
@@ -196,7 +198,9 @@ class Core:
             self.queue.promote(known, URGENT)
             return known
         if known is not None:
-            self._tallies[key.layer].useful -= self._late.pop(key, 0)
+            tally, nbytes = self._tallies[key.layer], self._late.pop(key, 0)
+            tally.useful -= nbytes
+            tally.late_copied -= nbytes
             self._drop(known)
         transfer = Transfer(key=key, part=part)
         self._push(transfer, self._cuts(transfer), URGENT)
@@ -334,18 +338,24 @@ class Core:
     def _advance(self, layer: int) -> None:
         self.position = self.position_of(layer, 0)
 
-    def _settle_guesses(self, layer: int, needed: Collection[int]) -> None:
-        """Learn from what a layer was expected to need, and drop what it does not (paper: early preemption)."""
+    def _settle_guesses(self, layer: int, needed: Collection[int]) -> list[ExpertKey]:
+        """Learn from what a layer was expected to need, and drop what it does not (paper: early preemption).
+
+        Returns what was dropped.
+        """
         self.admission.settle(layer, needed)
         expected = self._expected[layer]
         due = [key for key, position in expected.items() if position <= self.position]
         for key in due:
             del expected[key]
+        dropped = []
         for key in due if self._preempt and self._on_way else ():
             on_way = self._on_way.get(key)
             if on_way is not None and key.expert not in needed and not self.queue.complete(on_way):
                 self._tallies[layer].dropped += self._unproven.pop(key, None) is not None
                 self._drop(on_way)
+                dropped.append(key)
+        return dropped
 
     def _prove(self, key: ExpertKey) -> None:
         """Count what speculation did for an expert that a layer needs now, and that was copied ahead."""
@@ -357,6 +367,7 @@ class Core:
             tally.on_time += 1
         else:
             tally.late += 1
+            tally.late_copied += nbytes
             self._late[key] = nbytes
 
     def _note_gone(self, key: ExpertKey) -> bool:
@@ -376,6 +387,7 @@ class Core:
         tally.copied += nbytes
         if key in self._late and not self.queue.stopped(chunk.transfer):
             tally.useful += nbytes
+            tally.late_copied += nbytes
             self._late[key] += nbytes
         elif key in self._unproven:
             self._unproven[key] += nbytes

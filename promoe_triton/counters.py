@@ -22,14 +22,18 @@ def _share(part: float, whole: float) -> float:
 class Ahead:
     """What became of the experts that were copied ahead for a layer, or for all; only such as were not in a slot.
 
-    on_time: needed, and there. late: needed, and still on their way. wasted: dropped, or gone from their slots, before
-    they were needed. bytes_copied: ahead of need; bytes_wasted: those of them that were for nothing.
+    on_time: needed, and there. late: needed, and still on their way. dropped: given up on their way; evicted: gone from
+    their slots before they were needed. bytes_copied: ahead of need; of those bytes_useful were needed (bytes_late of
+    them of experts that were late), and bytes_wasted were for nothing.
     """
 
     on_time: int
     late: int
-    wasted: int
+    dropped: int
+    evicted: int
     bytes_copied: int
+    bytes_useful: int
+    bytes_late: int
     bytes_wasted: int
 
     @classmethod
@@ -38,10 +42,18 @@ class Ahead:
         return cls(
             on_time=sum(tally.on_time for tally in tallies),
             late=sum(tally.late for tally in tallies),
-            wasted=sum(tally.dropped + tally.evicted for tally in tallies),
+            dropped=sum(tally.dropped for tally in tallies),
+            evicted=sum(tally.evicted for tally in tallies),
             bytes_copied=sum(tally.copied for tally in tallies),
+            bytes_useful=sum(tally.useful for tally in tallies),
+            bytes_late=sum(tally.late_copied for tally in tallies),
             bytes_wasted=sum(tally.copied - tally.useful - tally.unproven for tally in tallies),
         )
+
+    @property
+    def wasted(self) -> int:
+        """Experts that were copied ahead, wholly or in part, for nothing."""
+        return self.dropped + self.evicted
 
     @property
     def experts(self) -> int:
@@ -63,8 +75,8 @@ class Ahead:
         return _share(self.on_time, self.experts)
 
     def as_dict(self) -> dict[str, Any]:
-        derived = {"accuracy": self.accuracy, "fetch_rate": self.fetch_rate, "goodpred": self.goodpred}
-        return asdict(self) | derived
+        names = ("wasted", "accuracy", "fetch_rate", "goodpred")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,6 +103,12 @@ class LayerRuntime:
     def waited(self, began: float) -> None:
         self.model.note("stall", f"layer {self.index} waits", began)
 
+    def dropped(self, keys: Sequence[ExpertKey]) -> None:
+        model = self.model
+        if model.timeline is not None:
+            experts, now = ", ".join(str(key.expert) for key in keys), model.now()
+            model.timeline.add("copy", f"layer {self.index} drops {experts}", "dropped", now, now)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all experts of the layer."""

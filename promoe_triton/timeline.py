@@ -16,7 +16,10 @@ MOST = 200_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Something on one lane, from `begin` to `end` in seconds by the link's clock. nbytes: copied in it."""
+    """Something on one lane, from `begin` to `end` in seconds by the link's clock; at once where both are the same.
+
+    nbytes: copied in it; offset: from which byte of an expert on.
+    """
 
     lane: str
     name: str
@@ -24,6 +27,7 @@ class Span:
     begin: float
     end: float
     nbytes: int = 0
+    offset: int = 0
 
 
 class Timeline:
@@ -32,13 +36,14 @@ class Timeline:
     def __init__(self, most: int = MOST) -> None:
         self.spans: deque[Span] = deque(maxlen=most)
 
-    def add(self, lane: str, name: str, kind: str, begin: float, end: float, nbytes: int = 0) -> None:
-        self.spans.append(Span(lane=lane, name=name, kind=kind, begin=begin, end=end, nbytes=nbytes))
+    def add(self, lane: str, name: str, kind: str, begin: float, end: float, nbytes: int = 0, offset: int = 0) -> None:
+        self.spans.append(Span(lane=lane, name=name, kind=kind, begin=begin, end=end, nbytes=nbytes, offset=offset))
 
     def copied(self, lane: str, chunk: Chunk, begin: float, end: float) -> None:
         """Add the copying of a chunk."""
         key, kind = chunk.transfer.key, "speculation" if chunk.speculative else "urgent"
-        self.add(lane, f"layer {key.layer} expert {key.expert}", kind, begin, end, chunk.end - chunk.begin)
+        name, nbytes = f"layer {key.layer} expert {key.expert}", chunk.end - chunk.begin
+        self.add(lane, name, kind, begin, end, nbytes, chunk.begin)
 
     def trace(self) -> dict[str, Any]:
         """Return the spans as a Chrome trace, times in microseconds since the first."""
@@ -50,15 +55,14 @@ class Timeline:
         ]
         events += [
             {
-                "ph": "X",
                 "name": span.name,
                 "cat": span.kind,
                 "pid": 1,
                 "tid": lanes[span.lane],
                 "ts": (span.begin - start) * 1e6,
-                "dur": (span.end - span.begin) * 1e6,
             }
-            | ({"args": {"bytes": span.nbytes}} if span.nbytes else {})
+            | ({"ph": "X", "dur": (span.end - span.begin) * 1e6} if span.end > span.begin else {"ph": "i", "s": "t"})
+            | ({"args": {"offset": span.offset, "bytes": span.nbytes}} if span.nbytes else {})
             for span in spans
         ]
         return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -55,6 +55,10 @@ class Served(Protocol):
         """The layer has waited for a copy since then."""
         ...
 
+    def dropped(self, keys: Sequence[ExpertKey]) -> None:
+        """The layer does not need these experts, whose copies ahead of need are given up."""
+        ...
+
     def check_resident(self) -> None:
         """The call is over, and its leases are given back."""
         ...
@@ -84,6 +88,8 @@ class Waves:
         elif not self._reorder:
             experts = sorted(experts)
         self._needs = self._link.tell(lambda: self._gate(experts, recent))
+        if self._needs.dropped:
+            layer.dropped(self._needs.dropped)
         for key in self._needs.resident:
             layer.place(key)
         hits = sum(key.expert in self._computed for key in self._needs.resident)

@@ -237,7 +237,13 @@ class IssuedLink:
         return max(nbytes / self._limit - (nbytes / alone if alone else 0.0), 0.0)
 
     def _look(self) -> None:
-        """Take note of what the device has done meanwhile."""
+        """Take note of what the device has done meanwhile. Raises PromoeError where it is lost."""
+        try:
+            self._note_done()
+        except RuntimeError as error:
+            raise PromoeError(f"copies to the device have failed, and it can be asked nothing more: {error}") from error
+
+    def _note_done(self) -> None:
         streams, in_flight, waits = self._streams, self._in_flight, self._waits
         with self._lock:
             while in_flight and streams.has_come(in_flight[0].end):

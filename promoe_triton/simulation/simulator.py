@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -93,6 +93,9 @@ class SimulatedLayer:
         pass
 
     def waited(self, began: float) -> None:
+        pass
+
+    def dropped(self, keys: Sequence[ExpertKey]) -> None:
         pass
 
     def check_resident(self) -> None:
@@ -255,13 +258,7 @@ class Simulator:
         def grown(name: str) -> int:
             return sum(getattr(a, name) - getattr(b, name) for a, b in zip(after, before, strict=True))
 
-        ahead = Ahead(
-            on_time=grown("on_time"),
-            late=grown("late"),
-            wasted=grown("dropped") + grown("evicted"),
-            bytes_copied=grown("copied"),
-            bytes_wasted=grown("copied") - grown("useful") - grown("unproven"),
-        )
+        ahead = Ahead.of([Tally(**{f.name: grown(f.name) for f in fields(Tally)})])
         moved = link.bytes_moved - totals.bytes_before
         useful = moved - ahead.bytes_wasted - grown("unproven")
         decoding = sum(totals.steps)
