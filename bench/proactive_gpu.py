@@ -153,6 +153,10 @@ def cases(quick: bool) -> list[Case]:
         run = partial(proactive.whole_layers, length=length(2, 12, 2))
         return Case(study="proactive", case=proactive.WHOLE_LAYERS, subject=of, run=run)
 
+    def alone(of: str) -> Case:
+        run = partial(proactive.each_alone, length=length(16, 64, 3))
+        return Case(study="proactive", case=proactive.EACH_ALONE, subject=of, run=run)
+
     def layer(of: str, T: int, share: float = 0.5, limited: bool = False) -> Case:
         T = 16 if quick and T > 8 else T
         steps = (3 if T == 1 else 1) if quick else 64 if T == 1 else 32 if T <= 8 else 2
@@ -196,6 +200,7 @@ def cases(quick: bool) -> list[Case]:
         chance(QWEN, "the bus"),
         chance(QWEN, "the bus at 2.5 GB/s", bandwidth="2.5GB/s"),
         chance(QWEN, "the bus at 25 GB/s", bandwidth=BUS),
+        alone(QWEN),
         whole(QWEN),
         *(ablation(QWEN, share, limited=True) for share in tail),
         *(prompt(QWEN, tokens, limited=True) for tokens in (512, 128, 2048)),

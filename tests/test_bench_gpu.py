@@ -61,6 +61,27 @@ def test_rehearsal_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert {path.stem: rows_of(path) for path in tmp_path.glob("*.csv")} == found
 
 
+def test_the_first_minutes_are_rehearsed(tmp_path: Path) -> None:
+    """One run of each, also over a limited link; how soon urgent copies start; others beside it; the ablation."""
+    run(tmp_path, "--only", "first-look", "urgent", "others: ", "proactive-25gbps: decode, 50.0%")
+    found = {path.stem: rows_of(path) for path in tmp_path.glob("*.csv")}
+    assert {"first-look", "first-look-25gbps", "urgent", "others", "proactive-25gbps"} == found.keys()
+    rows = [row for of in found.values() for row in of]
+    assert "failed" not in {row["metric"] for row in rows}, [row for row in rows if row["metric"] == "failed"]
+    looked = {row["variant"] for row in found["first-look"] if row["metric"] == "time"}
+    assert looked == {
+        "lru",
+        "preemption + reorder, no prediction",
+        "gate, always",
+        "learned, always",
+        "all",
+        "resident",
+    }
+    steps = {row["variant"] for row in found["proactive-25gbps"] if row["metric"] == "time"}
+    assert {"lru", "static", "+prefetch", "+chunks", "+preemption", "+reorder", "all"} <= steps
+    assert any(row["metric"] == "start, p99" for row in found["urgent"])
+
+
 def test_minutes_end_a_run(tmp_path: Path) -> None:
     assert "are left; run again" in run(tmp_path, "--minutes", "0.0001")
     assert not list(tmp_path.glob("*.csv"))

@@ -30,7 +30,11 @@ from zoo import FAMILIES
 import promoe_triton
 from promoe_triton import Config, PromoeError
 from promoe_triton.backends.torch import Grouped
+from promoe_triton.links import choice
 from promoe_triton.links import threads as links_threads
+from promoe_triton.links.device import DeviceFiller
+from promoe_triton.links.sources import DiskSource
+from promoe_triton.links.streams import HostStreams
 from promoe_triton.links.threads import CLOSE_SECONDS
 from promoe_triton.stores import safetensors_files, spool
 from promoe_triton.transfers import URGENT
@@ -581,6 +585,72 @@ class TestReads:
         assert torch.equal(logits(promoe_triton.from_pretrained(str(folder), dtype=torch.bfloat16, slots=6)), want)
 
 
+class TestThroughTheRing:
+    """The same faults on the way from the disk through a ring of host memory, as to a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def _ring(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def filler(store: Any, memory_of_layer: Any, direct: bool) -> DeviceFiller:
+            streams = HostStreams()
+            return DeviceFiller(DiskSource(store, streams, direct), memory_of_layer, streams)
+
+        monkeypatch.setattr(choice, "SlotFiller", filler)
+
+    @pytest.mark.parametrize("io", ["buffered", "direct"])
+    @pytest.mark.parametrize("moment", [0, 1, 5, 11])
+    def test_an_error_once(self, moment: int, io: Any, folder: Path, disk: Disk, want: Tensor) -> None:
+        model = load(folder, io=io)
+        assert isinstance(model._promoe_runtime.link._shared.filler, DeviceFiller)
+
+        def fault(read: int) -> None:
+            if read == moment:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        disk.arm(fault)
+        with pytest.raises(PromoeError, match=r"reading .*\.safetensors at offset \d+: Input/output error"):
+            logits(model)
+        assert torch.equal(logits(model), want)
+        check_tables(model)
+
+    @pytest.mark.parametrize(("io", "most"), [("buffered", 1000), ("direct", 4096)])
+    def test_short_reads(self, io: Any, most: int, folder: Path, disk: Disk, want: Tensor) -> None:
+        disk.most = most
+        assert torch.equal(logits(load(folder, io=io)), want)
+
+    @pytest.mark.parametrize("fault", [deleted, truncated, overwritten], ids=lambda fault: fault.__name__)
+    def test_a_shard_is(self, fault: Callable[[Path], None], folder: Path, want: Tensor) -> None:
+        model = load(folder)
+        file = largest(folder)
+        content = file.read_bytes()
+        fault(file)
+        with pytest.raises(PromoeError, match=file.name):
+            logits(model)
+        put_back(file, content)
+        assert torch.equal(logits(model), want)
+
+    def test_no_byte_for_too_long(self, folder: Path, disk: Disk, want: Tensor) -> None:
+        model = load(folder, io_timeout=0.2)
+        with TestStalls().stalled(disk, 3) as answer:
+            with pytest.raises(PromoeError, match=r"no byte arrived for 0\.2 s while waiting for expert .* at offset"):
+                logits(model)
+            answer.set()
+            assert torch.equal(logits(model), want)
+        check_tables(model)
+
+    def test_slow(self, folder: Path, disk: Disk, want: Tensor) -> None:
+        model = load(folder, io_timeout=0.5, depth=1, slots=12, warm=False, chunk=4096)
+        never = threading.Event()
+
+        def slow(read: int) -> None:
+            never.wait(0.02)
+
+        disk.arm(slow)
+        assert torch.equal(logits(model), want)
+
+    def test_ctrl_c_in_the_middle_of_generate(self, folder: Path, disk: Disk, wanted_tokens: list[int]) -> None:
+        TestInterruptions().test_ctrl_c_in_the_middle_of_generate(folder, disk, wanted_tokens)
+
+
 class TestStalls:
     """A disk that does not answer. The events let it answer at the end, whatever comes."""
 
@@ -1045,7 +1115,13 @@ CASES = ["alive", "cycle", "raised"] + [
 ]
 
 CHILDREN = """
-import os, sys
+import atexit, os, sys, threading
+
+def left():  # after all that ends threads by itself
+    if any(thread.name.startswith("promoe-read") for thread in threading.enumerate()):
+        os._exit(9)
+
+atexit.register(left)
 from pathlib import Path
 import torch
 import test_faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -338,6 +339,80 @@ def test_a_copy_that_fails() -> None:
     rig.stream.go()
     assert tensors is not None
     assert tensors["up"].eq(2.0).all()
+
+
+@pytest.mark.parametrize("call", ["after", "mark", "copy", "pause"])
+@pytest.mark.parametrize("moment", range(4))
+def test_whatever_the_device_refuses(call: str, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told of what could not be copied; the next copies are as they should be."""
+    rig = Rig(limit=RATE / 2)
+    rig.core.gate(0, [])
+    count, do = [0], getattr(rig.stream, call)
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        count[0] += 1
+        if count[0] == moment + 1:
+            raise RuntimeError("the device is out of something")
+        return do(*args, **options)
+
+    monkeypatch.setattr(rig.stream, call, refuse)
+    with contextlib.suppress(PromoeError):
+        transfers = rig.need(1, 2, 3)
+        while transfers:
+            for transfer in rig.link.wait(transfers):
+                transfers.remove(transfer)
+    assert count[0] > moment
+    monkeypatch.undo()
+    rig.stream.go()
+    rig.link.wait(rig.need(9))
+    tensors = rig.link.arrival(ExpertKey(0, 9))
+    rig.stream.go()
+    assert tensors is not None
+    assert tensors["up"].eq(9.0).all()
+    assert tensors["down"].eq(-9.0).all()
+
+
+def test_a_device_that_is_lost_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    transfers = rig.need(1)
+
+    def lost(event: Event) -> bool:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(rig.stream, "has_come", lost)
+    with pytest.raises(PromoeError, match=r"copies to the device have failed.*illegal memory access"):
+        rig.link.tell(lambda: None)
+    with pytest.raises(PromoeError, match="copies to the device have failed"):
+        rig.link.drain(0.01)
+    assert transfers
+
+
+def test_an_interruption_between_two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while copies are issued: after a drain all begins anew."""
+    for moment in range(5):
+        rig = Rig()
+        count, copy = [0], rig.stream.copy
+
+        def interrupt(target: Tensor, source: Tensor) -> None:
+            count[0] += 1  # noqa: B023
+            if count[0] == moment + 1:  # noqa: B023
+                raise KeyboardInterrupt
+            copy(target, source)  # noqa: B023
+
+        monkeypatch.setattr(rig.stream, "copy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rig.need(1, 2, 3)
+        monkeypatch.undo()
+        rig.stream.go()
+        assert rig.link.drain(0.1)
+        rig.core = Core([SlotTable(range(SLOTS), make_policy("lru", {}))], rig.link.cuts)
+        rig.link.restart(rig.core)
+        for expert in (1, 4):
+            rig.link.wait(rig.need(expert))
+            tensors = rig.link.arrival(ExpertKey(0, expert))
+            rig.stream.go()
+            assert tensors is not None
+            assert tensors["up"].eq(float(expert)).all()
 
 
 def test_a_wait_is_bounded() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from zoo import FAMILIES
 
+import promoe_triton
 from promoe_triton.demo import MODEL
 from promoe_triton.patch._families import describe
 from promoe_triton.patch._swap import find_experts
@@ -276,6 +277,20 @@ def test_hash_layers_are_predicted_exactly_from_token_ids() -> None:
     assert not GatePredictor(gates, Reach(distance=1)).predict(dataclasses.replace(before, token_ids_T=ids_TA[:0, 0]))
     assert [p.layer for p in GatePredictor(gates, Reach(distance=1)).predict(routed)] == [1]
     assert RandomPredictor(find_layers(model, dict.fromkeys(find_experts(model), 6)), Reach()).predict(before)
+
+
+def test_hash_layers_are_copied_ahead_and_needed() -> None:
+    """Of a patched model, while it decodes: all that was copied for the layer that routes by token was needed."""
+    model = build("deepseek_v4")
+    patched = promoe_triton.patch(model, slots=9, store="spool", predictor="gate", always_predict=True)
+    inputs = FAMILIES["deepseek_v4"].inputs(model, 3)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        for token in range(12):
+            model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    first = promoe_triton.stats(patched).copied_ahead[0]
+    assert first.on_time + first.late > 5
+    assert first.wasted == 0
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -23,12 +24,15 @@ from promoe_triton.demo import MODEL
 from promoe_triton.links import choice
 from promoe_triton.links.fake import FakeLink, Wire
 from promoe_triton.links.filling import Filler
+from promoe_triton.policies import POLICIES
 from promoe_triton.protocols import Chunk, Observation, Prediction, Seam
 from promoe_triton.techniques import ABLATION
 from promoe_triton.transfers import URGENT
 
 LAYERS, EXPERTS, TOP = 4, 8, 2
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+LONG = torch.arange(40)[None] * 7 % 64
+"""A prompt that is long enough to count as one: nothing is predicted in it."""
 STEPS = 6
 
 
@@ -77,6 +81,11 @@ def logits(model: Any, prompt: Tensor = PROMPT) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def want() -> list[Tensor]:
     return logits(build())
+
+
+@pytest.fixture(scope="module")
+def want_long() -> list[Tensor]:
+    return logits(build(), LONG)
 
 
 def equal(found: list[Tensor], want: list[Tensor]) -> bool:
@@ -142,7 +151,7 @@ class TestTheOutputIsTheSame:
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_whatever_is_predicted_and_however_the_link_behaves(
-        self, data: st.DataObject, folder: Path, want: list[Tensor]
+        self, data: st.DataObject, folder: Path, want: list[Tensor], want_long: list[Tensor]
     ) -> None:
         draw = data.draw
         seed = draw(st.integers(0, 9), label="seed")
@@ -158,7 +167,9 @@ class TestTheOutputIsTheSame:
         }
         options = {
             "slots": draw(st.sampled_from([1, 3, LAYERS, 2 * LAYERS, 5 * LAYERS, LAYERS * EXPERTS]), label="slots"),
-            "policy": draw(st.sampled_from(["lru", "lfru", "static"]), label="policy"),
+            "policy": draw(st.sampled_from(["auto", *POLICIES]), label="policy"),
+            "always_predict": draw(st.booleans(), label="always_predict"),
+            "latency": draw(st.sampled_from([1e-5, 1e-2]), label="latency"),
             "partition": draw(st.sampled_from(["auto", "global"]), label="partition"),
             "chunking": draw(st.sampled_from(["adaptive", "fixed", "tensor", "expert"]), label="chunking"),
             "chunk": draw(st.sampled_from([4096, 1 << 20]), label="chunk"),
@@ -173,6 +184,7 @@ class TestTheOutputIsTheSame:
             if made.links:
                 computing(model, made.links[0], draw(st.sampled_from([0.0, 1e-3]), label="computing"))
             assert equal(logits(model), want)
+            assert equal(logits(model, LONG), want_long)
             assert equal(logits(model), want)
 
     @pytest.mark.parametrize("ablation", ABLATION)
@@ -265,6 +277,31 @@ class TestFaults:
             assert torch.equal(out.logits, other.logits)
         promoe_triton.unpatch(first)
         assert equal(logits(second), want)
+
+    def test_a_fault_of_one_model_is_none_of_another(
+        self, folder: Path, want: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        broken = [False]
+        faked(monkeypatch, fault=lambda chunk: OSError(5, "bad sector") if broken[0] else None)
+        first = promoe_triton.from_pretrained(folder, slots=2 * LAYERS, predictor="gate")
+        monkeypatch.undo()
+        second = promoe_triton.from_pretrained(folder, slots=2 * LAYERS, predictor="gate")
+        broken[0] = True
+        for _ in range(2):
+            with pytest.raises(PromoeError, match="bad sector"):
+                logits(first)
+            assert equal(logits(second), want)
+        broken[0] = False
+        assert equal(logits(first), want)
+
+    @torch.no_grad()
+    def test_a_real_disk_held_to_a_bandwidth_is_no_faster(self, folder: Path) -> None:
+        model = promoe_triton.from_pretrained(folder, slots=LAYERS, warm=False, bandwidth="2MB/s", depth=3)
+        began = time.perf_counter()
+        logits(model)
+        taken, moved = time.perf_counter() - began, promoe_triton.stats(model).bytes_read
+        assert moved > 500_000
+        assert taken >= moved / 2e6
 
     def test_nothing_grows(self, folder: Path) -> None:
         model = promoe_triton.from_pretrained(folder, slots=3 * LAYERS, predictor="gate")

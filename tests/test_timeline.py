@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from zoo import FAMILIES
 
 import promoe_triton
+from promoe_triton.protocols import Chunk, ExpertKey, Observation, Part, Prediction, Seam, Transfer
 from promoe_triton.timeline import Span, Timeline
 
 F = FAMILIES["mixtral"]
@@ -26,6 +28,42 @@ def test_a_trace_begins_at_zero_and_has_the_computing_lane_first() -> None:
         (0, 0.0, 0.5e6, "compute"),
         (1, 0.5e6, 0.25e6, "urgent"),
     ]
+
+
+def test_chunks_say_which_bytes_they_are_and_what_was_dropped_is_a_moment() -> None:
+    timeline = Timeline()
+    transfer = Transfer(key=ExpertKey(2, 7), part=Part.WHOLE)
+    timeline.copied("copy 1", Chunk(transfer, 4096, 12288, True), 1.0, 1.5)
+    timeline.add("copy", "layer 2 drops 7", "dropped", 1.25, 1.25)
+    chunk, moment = [event for event in timeline.trace()["traceEvents"] if event["ph"] != "M"]
+    assert (chunk["cat"], chunk["args"]) == ("speculation", {"offset": 4096, "bytes": 8192})
+    assert (moment["ph"], moment["ts"], "dur" in moment) == ("i", 0.25e6, False)
+
+
+class Wrong:
+    """Names the same experts for the next layer, again and again."""
+
+    stateless = True
+
+    def predict(self, seen: Observation) -> list[Prediction]:
+        if seen.seam is not Seam.ROUTED or seen.layer:
+            return []
+        return [Prediction(layer=1, steps=0, expert_ids=torch.arange(6), scores=torch.zeros(6))]
+
+
+def test_what_a_gate_drops_is_seen(tmp_path: Path) -> None:
+    """Copies of experts that the next layer does not need, over a link so slow that they are on their way still."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"predictor": Wrong(), "always_predict": True, "bandwidth": "1MB/s", "warm": False}
+    model = promoe_triton.patch(F.build(), slots=6, store="spool", spool_dir=tmp_path, **options)
+    with promoe_triton.record_timeline(model) as timeline, torch.no_grad():
+        for _ in range(4):
+            model(**F.inputs(model, 1))
+    dropped = [span.name for span in timeline.spans if span.kind == "dropped"]
+    assert dropped
+    assert all(name.startswith("layer 1 drops ") for name in dropped)
+    ahead = promoe_triton.stats(model).ahead
+    assert sum(name.count(",") + 1 for name in dropped) == ahead.dropped > 0
 
 
 def test_the_oldest_spans_go_first() -> None:
