@@ -498,21 +498,23 @@ def compare(folder: Path, results: record.Results, size: Size, quick: bool) -> N
 
 
 def draw(folder: Path) -> None:
-    """Draw simulated against real times, with the goal as a band."""
+    """Draw simulated against real times with their spread over runs, and the goal as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = {(row.case, row.variant, row.metric): row.p50 for row in record.latest(folder / "trust.csv")}
+    rows = {(row.case, row.variant, row.metric): row for row in record.latest(folder / "trust.csv")}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), constrained_layout=True)
     for axis, metric in zip(axes, ("TPOT", "TTFT"), strict=True):
         cases = [case for case, variant, of in rows if (variant, of) == ("real", metric)]
         for marker, name in zip("osv^", CASES, strict=True):
             mine = [case for case in cases if case.endswith(f", {name}")]
-            real = [rows[case, "real", metric] for case in mine]
-            axis.plot(real, [rows[case, "simulated", metric] for case in mine], marker, ls="", label=name)
-        times = [rows[case, "real", metric] for case in cases]
+            sides = [[rows[case, side, metric] for case in mine] for side in ("real", "simulated")]
+            spreads = [([r.p50 - r.p20 for r in side], [r.p80 - r.p50 for r in side]) for side in sides]
+            middles = [[r.p50 for r in side] for side in sides]
+            axis.errorbar(*middles, spreads[1], spreads[0], fmt=marker, lw=0.8, ms=5, label=name)
+        times = [rows[case, "real", metric].p50 for case in cases]
         ends = np.array([0.8 * min(times), 1.2 * max(times)])
         axis.plot(ends, ends, color="#a0aec0", lw=0.8)
         axis.fill_between(ends, (1 - GOAL) * ends, (1 + GOAL) * ends, color="#a0aec0", alpha=0.25, label="within 15 %")
