@@ -300,7 +300,7 @@ class TestFaults:
         began = time.perf_counter()
         logits(model)
         taken, moved = time.perf_counter() - began, promoe_triton.stats(model).bytes_read
-        assert moved > 500_000
+        assert moved > 400_000
         assert taken >= moved / 2e6
 
     def test_nothing_grows(self, folder: Path) -> None:

@@ -57,6 +57,9 @@ def _by_layer(axes: Any, rows: Sequence[Row], text: str) -> None:
 
 def _by_distance(axes: Any, rows: Sequence[Row]) -> None:
     mine = [r for r in rows if r.metric == "GOODPRED" and r.ahead]
+    if not mine:
+        axes.set_axis_off()
+        return
     _lines(axes, rows, mine, "predictor", lambda row: (row.ahead, 100 * row.value))
     axes.set(xlabel="layers ahead", ylabel="GOODPRED (%)", title="accuracy x fetch rate")
     axes.set_xticks(sorted({r.ahead for r in mine}))
