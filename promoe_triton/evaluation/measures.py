@@ -86,7 +86,7 @@ def on_misses(
     """
     for place in _places(documents):
         for k in (active, 2 * active):
-            by_layer = {}
+            by_layer: dict[str, NDArray[np.int64]] = {}
             for document, masks in zip(documents, resident, strict=True):
                 for layer, found in enumerate(document.named):
                     if place in found:
