@@ -219,6 +219,16 @@ STEPS = {
 }
 
 
+PROMPT_STEPS = {
+    "static": PALE,
+    "lru": GREY,
+    "layer": "#b9cbe2",
+    "preemption": "#2f74bd",
+    "all": "#12365f",
+}
+"""Of the ablation of a prompt, in which nothing is predicted."""
+
+
 def proactive(rows: Sequence[Row]) -> Figure:
     """Draw the ablation as the paper does, and beside it prompts, batches and expert sizes."""
     decode = [c for c in unique([r.case for r in rows]) if re.fullmatch(r"decode, [\d.]+% in slots", c)]
@@ -238,7 +248,8 @@ def proactive(rows: Sequence[Row]) -> Figure:
     times.set_xlabel("experts in slots", fontsize=8)
     times.set_title("Decode", fontsize=10)
     times.legend(fontsize=6.5, ncols=3, loc="upper right")
-    grouped(prompts, rows, prefill, [c.split(",")[1].strip() for c in prefill], list(STEPS), "time")
+    grouped(prompts, rows, prefill, [c.split(",")[1].strip() for c in prefill], list(PROMPT_STEPS), "time")
+    prompts.legend(fontsize=6.5, loc="upper left")
     prompts.set_ylabel("ms per prompt")
     prompts.set_title("A prompt after another, half of the experts in slots", fontsize=10)
     for variant, color in STEPS.items():
@@ -277,7 +288,7 @@ def grouped(
     for offset, variant in enumerate(shown):
         found = [(i, r) for i, c in enumerate(cases) if (r := find(rows, c, variant, metric))]
         places = [i + width * (offset - (len(shown) - 1) / 2) for i, _ in found]
-        bars(axes, places, [r for _, r in found], width, STEPS[variant], variant)
+        bars(axes, places, [r for _, r in found], width, (STEPS | PROMPT_STEPS)[variant], variant)
     axes.set_xticks(range(len(cases)), labels, fontsize=8)
 
 
