@@ -95,10 +95,10 @@ def on_misses(
                         by_layer[f"{layer}"] = by_layer.get(f"{layer}", _NONE) + one
             common = {"text": text, "predictor": predictor, "source": place.seam, "ahead": place.ahead}
             common |= {"k": k, "policy": policy, "slots": slots}
-            for layer, (right, named, missed) in [*by_layer.items(), (ALL, sum(by_layer.values(), _NONE))]:
-                if named and missed and (layer == ALL or k == active):
-                    yield Row(metric="precision on misses", value=right / named, layer=layer, **common)  # type: ignore[arg-type]
-                    yield Row(metric="recall on misses", value=right / missed, layer=layer, **common)  # type: ignore[arg-type]
+            for which, (right, named, missed) in [*by_layer.items(), (ALL, sum(by_layer.values(), _NONE))]:
+                if named and missed and (which == ALL or k == active):
+                    yield Row(metric="precision on misses", value=right / named, layer=which, **common)  # type: ignore[arg-type]
+                    yield Row(metric="recall on misses", value=right / missed, layer=which, **common)  # type: ignore[arg-type]
 
 
 _NONE = np.zeros(3, np.int64)
