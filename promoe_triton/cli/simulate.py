@@ -206,7 +206,8 @@ def _say_hidden(rows: list[dict[str, Any]]) -> None:
 
 def _show(rows: list[dict[str, Any]], title: str) -> None:
     rows = [row | {"predictor": Path(row["predictor"]).stem} for row in rows]
-    swept = [name for name in Choice.__dataclass_fields__ if len({row[name] for row in rows}) > 1] or ["slots"]
+    fields = Choice.__dataclass_fields__
+    swept = [name for name in fields if name == "slots" or len({row[name] for row in rows}) > 1]
     header = [*swept, "TTFT ms", "TPOT ms", "tokens/s", "stalled", "hits", "GB", "wasted", "GOODPRED", "hidden"]
     print_table(
         header,
