@@ -148,15 +148,16 @@ larger = st.tuples(st.integers(3, 5), st.sampled_from([6, 8, 12]), st.integers(1
 prompts = st.sampled_from([1, 6, 40])
 
 
-@laws
+@pytest.mark.parametrize("always", [False, True], ids=["on trial", "always"])
+@settings(laws)
 @given(size=larger, seed=st.integers(0, 99), slots=st.integers(2, 8), step=steps, prompt=prompts)
 def test_more_bandwidth_is_never_slower(
-    size: tuple[int, int, int], seed: int, slots: int, step: str, prompt: int
+    always: bool, size: tuple[int, int, int], seed: int, slots: int, step: str, prompt: int
 ) -> None:
     of = shape(*size)
     found, count = texts(of, seed, tokens=60), slots * len(of.layers)
     taken = [
-        run(of, found, prompt, rate, slots=count, ablation=step, always_predict=True).seconds
+        run(of, found, prompt, rate, slots=count, ablation=step, always_predict=always).seconds
         for rate in (5e8, 1e9, 4e9, 32e9)
     ]
     assert all(after <= 1.02 * before for before, after in pairwise(taken)), taken
