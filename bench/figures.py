@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,7 +237,7 @@ def proactive(rows: Sequence[Row]) -> Figure:
     prefill.sort(key=lambda case: int(case.split()[1]))
     figure, panels = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", width_ratios=(3, 2))
     (times, prompts), (speeds, others) = panels
-    grouped(times, rows, decode, [f"{share_of(c):g} %" for c in decode], list(STEPS), "time")
+    grouped(times, rows, decode, [f"{share_of(c):g} %" for c in decode], STEPS, "time")
     for i, case in enumerate(decode):
         for variant, style in (("resident", ":"), ("moving what was missed", "--")):
             found = find(rows, case, variant, "time")
@@ -248,7 +248,7 @@ def proactive(rows: Sequence[Row]) -> Figure:
     times.set_xlabel("experts in slots", fontsize=8)
     times.set_title("Decode", fontsize=10)
     times.legend(fontsize=6.5, ncols=3, loc="upper right")
-    grouped(prompts, rows, prefill, [c.split(",")[1].strip() for c in prefill], list(PROMPT_STEPS), "time")
+    grouped(prompts, rows, prefill, [c.split(",")[1].strip() for c in prefill], PROMPT_STEPS, "time")
     prompts.legend(fontsize=6.5, loc="upper left")
     prompts.set_ylabel("ms per prompt")
     prompts.set_title("A prompt after another, half of the experts in slots", fontsize=10)
@@ -280,15 +280,20 @@ def axes_line(axes: Axes, place: int, row: Row, style: str, label: str | None) -
 
 
 def grouped(
-    axes: Axes, rows: Sequence[Row], cases: Sequence[str], labels: Sequence[str], variants: Sequence[str], metric: str
+    axes: Axes,
+    rows: Sequence[Row],
+    cases: Sequence[str],
+    labels: Sequence[str],
+    variants: Mapping[str, str],
+    metric: str,
 ) -> None:
-    """Draw bars of the variants there are, case by case."""
+    """Draw bars of the variants there are, case by case. variants: their colours."""
     shown = [v for v in variants if any(find(rows, c, v, metric) for c in cases)]
     width = 0.86 / max(len(shown), 1)
     for offset, variant in enumerate(shown):
         found = [(i, r) for i, c in enumerate(cases) if (r := find(rows, c, variant, metric))]
         places = [i + width * (offset - (len(shown) - 1) / 2) for i, _ in found]
-        bars(axes, places, [r for _, r in found], width, (STEPS | PROMPT_STEPS)[variant], variant)
+        bars(axes, places, [r for _, r in found], width, variants[variant], variant)
     axes.set_xticks(range(len(cases)), labels, fontsize=8)
 
 

@@ -64,12 +64,11 @@ def evaluate(
     opened = {trace.folder.resolve().name: trace for trace in map(read_trace, traces)}
     if len(opened) < len(traces):
         raise ValueError("the traces need folders with names of their own")
+    first = next(iter(opened.values()))
     for trace in opened.values():
         trace.check_states()
-    first = next(iter(opened.values()))
-    question = _question(first, model, files, _shares(slots), distance, link, trust)
-    for trace in opened.values():
         trace.check_model(first.about.get("gates"))
+    question = _question(first, model, files, _shares(slots), distance, link, trust)
     rows: list[Row] = []
     with steps_progress("Evaluating", len(opened) * steps(question)) as step:
         for name, trace in opened.items():

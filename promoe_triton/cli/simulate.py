@@ -23,8 +23,8 @@ from promoe_triton.simulation.sweep import (
     PREDICTORS,
     Choice,
     Scene,
+    check_fits,
     combinations,
-    fits,
     memory_needed,
     simulate,
     synthetic_texts,
@@ -113,15 +113,16 @@ def simulate_command(
             with working(f"Showing {trace} to predictors"):
                 named = _named(recorded, model, real, furthest, most + tokens, count, trust)
     scene = Scene(shape=shape, hardware=machine, software=read_software(software), texts=texts, named=named)
-    fitting = [choice for choice in choices if fits(scene, choice)]
+    shown = {choice: scene.first(2 * choice.batch, choice.prompt + tokens) for choice in choices}
+    needed = {choice: memory_needed(of, choice) for choice, of in shown.items()}
+    fitting = [choice for choice in choices if needed[choice] <= machine.memory_bytes]
     if not fitting:
-        simulate(scene, choices[0])
+        check_fits(shown[choices[0]], choices[0])
     rows: list[dict[str, Any]] = []
     with steps_progress("Simulating", len(fitting)) as done:
         for choice in fitting:
-            shown = scene.first(2 * choice.batch, choice.prompt + tokens)
-            outcome = simulate(shown, choice, always_predict=always)
-            rows.append(asdict(choice) | {"memory_bytes": memory_needed(shown, choice)} | outcome.as_dict())
+            outcome = simulate(shown[choice], choice, always_predict=always)
+            rows.append(asdict(choice) | {"memory_bytes": needed[choice]} | outcome.as_dict())
             done(f"slots {choice.slots}, {choice.ablation}")
     _say_hidden(rows)
     if out is not None:

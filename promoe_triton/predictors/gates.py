@@ -127,6 +127,7 @@ def _read(model: nn.Module, place: Place, E: int) -> Gate | TokenRoutes:
     weight = matrix.detach().float()
     bias = getattr(owner, "bias", None)
     bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+    digest = _digest(matrix.detach().to(torch.bfloat16).view(torch.int16))
     for rule, correction in _candidates(router, block, len(weight), chosen_TA.shape[1], bias):
         G = len(correction)
         gate = Gate(
@@ -137,7 +138,7 @@ def _read(model: nn.Module, place: Place, E: int) -> Gate | TokenRoutes:
             bias_G=bias[:G] + weight[:G] @ norm.shift_D,
             correction_G=correction if correction.any() else None,
             rule=rule,
-            digest=_digest(matrix.detach().to(torch.bfloat16).view(torch.int16)),
+            digest=digest,
         )
         if _reproduces(gate, u_TD, chosen_TA):
             return gate.like(_matrix(original, name)[1])

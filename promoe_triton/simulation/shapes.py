@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from promoe_triton.budget import LayerNeed
+from promoe_triton.budget import Budget, LayerNeed, plan_slots
+from promoe_triton.config import Config
 from promoe_triton.errors import PromoeError
 from promoe_triton.loading import read_configuration, skeleton_of
 from promoe_triton.patch._swap import find_experts
@@ -61,17 +62,19 @@ class ModelShape:
     def all_expert_bytes(self) -> int:
         return sum(shape.experts * self.expert_bytes(i) for i, shape in enumerate(self.layers))
 
-    @property
-    def dense_bytes(self) -> int:
-        return round((self.dense_weights + self.head_weights) * self.dense_bits / 8)
+    def budget(self, config: Config, memory: int = 0) -> Budget:
+        """Return how many slots there are. memory: bytes they may take where the configuration leaves that open."""
+        needs = self.needs()
+        every = sum(need.experts * need.slot_bytes for need in needs)
+        return plan_slots(config.slots, config.partition, needs, memory if config.slots is None else every)
 
-    def memory(self, slot_bytes: int, batch: int, tokens: int) -> int:
+    def memory(self, config: Config, batch: int, tokens: int) -> int:
         """Return the fast memory that a run takes: slots, all other weights, and the cache of `batch` texts' tokens.
 
         What a pass needs beside those is left out: it depends on how it is written.
         """
-        embedding = round(self.head_weights * self.dense_bits / 8)
-        return slot_bytes + self.dense_bytes + embedding + round(batch * tokens * self.kv_weights * self.dense_bits / 8)
+        weights = self.dense_weights + 2 * self.head_weights + batch * tokens * self.kv_weights
+        return self.budget(config).nbytes + round(weights * self.dense_bits / 8)
 
     @property
     def accesses(self) -> int:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from promoe_triton.budget import first_experts, plan_slots
+from promoe_triton.budget import first_experts
 from promoe_triton.chunking import BUS_LATENCY
 from promoe_triton.config import Config
 from promoe_triton.core import Core, Tally, make_core
@@ -138,15 +138,12 @@ class Simulator:
         self.shape, self.config = shape, config
         self._costs, self._wire, self._slowed, self._link_slowed = costs, wire, slowed, link_slowed
         self._popularity = popularity or {}
-        every = sum(need.experts * need.slot_bytes for need in shape.needs())
-        budget = plan_slots(
-            config.slots, config.partition, shape.needs(), int(memory) if config.slots is None else every
-        )
-        self.budget, self.shared = budget, budget.shared
+        self.budget = shape.budget(config, int(memory))
+        self.shared = self.budget.shared
         cuts = functools.cache(shape.cuts)
         filler = DryFiller(lambda transfer: cuts(transfer.key.layer, transfer.part))
         self.link = FakeLink(filler, wire, depth=config.depth, chunking=config.cuts(BUS_LATENCY))
-        tables = budget.tables(shape.specs(), lambda: make_policy(config.replacement, self._popularity))
+        tables = self.budget.tables(shape.specs(), lambda: make_policy(config.replacement, self._popularity))
         self.core = make_core(config, tables, self.link.cuts)
         self.link.restart(self.core)
         self.counters = Counters(now=self.link.now)

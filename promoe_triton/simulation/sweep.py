@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from promoe_triton.budget import plan_slots
 from promoe_triton.config import Config, format_size
 from promoe_triton.errors import PromoeError
 from promoe_triton.links.fake import Wire
@@ -103,27 +102,25 @@ def combinations(**values: Sequence[Any]) -> Iterator[Choice]:
 def memory_needed(scene: Scene, choice: Choice) -> int:
     """Return the bytes of fast memory that a combination takes at the end of the scene's texts."""
     shape = replace(scene.shape, bits=choice.bits)
-    config, needs = choice.config(), shape.needs()
-    every = sum(need.experts * need.slot_bytes for need in needs)
-    slots = plan_slots(config.slots, config.partition, needs, every).nbytes
-    return shape.memory(slots, choice.batch, max(map(len, scene.texts)))
+    return shape.memory(choice.config(), choice.batch, max(map(len, scene.texts)))
 
 
-def fits(scene: Scene, choice: Choice) -> bool:
-    """Whether the machine's fast memory can hold what a combination takes."""
-    return memory_needed(scene, choice) <= scene.hardware.memory_bytes
+def check_fits(scene: Scene, choice: Choice) -> None:
+    """Raise ValueError where the machine's fast memory cannot hold what a combination takes."""
+    needed, hardware = memory_needed(scene, choice), scene.hardware
+    if needed > hardware.memory_bytes:
+        raise ValueError(
+            f"slots={choice.slots!r} of {scene.shape.name} at {choice.bits:g} bits and a batch of {choice.batch} take "
+            f"{format_size(needed)} with all other weights, and {hardware.name} has "
+            f"{format_size(int(hardware.memory_bytes))}"
+        )
 
 
 def simulate(scene: Scene, choice: Choice, **options: Any) -> Outcome:
     """Run one combination. options: further fields of `Config`. Raises ValueError where it does not fit the machine."""
+    check_fits(scene, choice)
     shape = replace(scene.shape, bits=choice.bits)
     hardware = scene.hardware
-    if not fits(scene, choice):
-        needed = format_size(memory_needed(scene, choice))
-        raise ValueError(
-            f"slots={choice.slots!r} of {shape.name} at {choice.bits:g} bits and a batch of {choice.batch} take "
-            f"{needed} with all other weights, and {hardware.name} has {format_size(int(hardware.memory_bytes))}"
-        )
     simulator = Simulator(
         shape,
         scene.costs_of(shape),
