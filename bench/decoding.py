@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,37 @@ def decode(subject: Subject, options: Mapping[str, Any], ids: Sequence[Sequence[
         decoder, tokens = Decoder(model, ids), len(ids[0]) - warm_up
         decoder.step(warm_up)
         return timed(model, tokens, lambda: decoder.step(tokens))
+
+
+def decode_in_turns(
+    subject: Subject,
+    variants: Mapping[str, Mapping[str, Any]],
+    ids: Sequence[Sequence[int]],
+    warm_up: int,
+    turn: int,
+) -> dict[str, Run]:
+    """Open a model for each of some options at once, and let them decode the same texts by turns of a few tokens.
+
+    So whatever else goes on in a shared machine, which may change within seconds, meets all of them alike.
+    """
+    with contextlib.ExitStack() as stack:
+        models = {name: stack.enter_context(subject.opened(options)) for name, options in variants.items()}
+        decoders = {name: Decoder(model, ids) for name, model in models.items()}
+        for decoder in decoders.values():
+            decoder.step(warm_up)
+        runs: dict[str, list[Run]] = {name: [] for name in models}
+        order = [*models]
+        for _ in range((len(ids[0]) - warm_up) // turn):
+            for name in order:
+                runs[name].append(timed(models[name], turn, lambda name=name: decoders[name].step(turn)))  # type: ignore[misc]
+            order.reverse()
+    return {name: joined(found) for name, found in runs.items()}
+
+
+def joined(runs: Sequence[Run]) -> Run:
+    """Return turns of one model as one run."""
+    steps, seconds = sum(run.steps for run in runs), sum(run.seconds for run in runs)
+    return Run(steps=steps, seconds=seconds, before=runs[0].before, after=runs[-1].after)
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import record
-from decoding import Decoder, Run, decode, prefill, timed
+from decoding import Decoder, Run, decode, decode_in_turns, prefill, timed
 from models import MODEL, large_checkpoint, prompts
 from subjects import OnDisk, Subject
 from timing import interval, ratios, take_turns
@@ -271,16 +271,28 @@ def batch_case(batch: int) -> str:
     return f"decode, batch {batch}, 50.0% in slots"
 
 
-def chance(subject: Subject, results: record.Results, link: str, length: Length, **common: Any) -> None:
-    """Predictions that are no better than chance must cost nothing: paired runs on a link."""
-    case = chance_case(link)
-    if not results.has(case):
-        results.begin()
-        runs = compare(subject, ("random", NO_PREDICTION), length, slots=subject.experts // 2, **common)
-        speed = speedup(case, runs, "random", NO_PREDICTION)
-        found = ratios([run.seconds for run in runs[NO_PREDICTION]], [run.seconds for run in runs["random"]])
-        least = record.row(case, speed.variant, "mean speed, lower end of 95 %", "x", [interval(found)[0]], target=0.98)
-        results.write([*rows_of(case, runs), speed, least])
+def chance(
+    subject: Subject, results: record.Results, link: str, length: Length, turn: int | None = None, **common: Any
+) -> None:
+    """Predictions that are no better than chance must cost nothing: paired runs on a link.
+
+    turn: both at once, by turns of so many tokens; None: one run after the other.
+    """
+    case, variants = chance_case(link), ("random", NO_PREDICTION)
+    if results.has(case):
+        return
+    results.begin()
+    common |= {"slots": subject.experts // 2}
+    if turn is None:
+        runs = compare(subject, variants, length, **common)
+    else:
+        both = {variant: common | options(variant) for variant in variants}
+        found = [decode_in_turns(subject, both, ids, length.warm_up, turn) for ids in texts(length)]
+        runs = {variant: [of[variant] for of in found] for variant in variants}
+    speed = speedup(case, runs, "random", NO_PREDICTION)
+    paired = ratios([run.seconds for run in runs[NO_PREDICTION]], [run.seconds for run in runs["random"]])
+    least = record.row(case, speed.variant, "mean speed, lower end of 95 %", "x", [interval(paired)[0]], target=0.98)
+    results.write([*rows_of(case, runs), speed, least])
 
 
 def chance_case(link: str) -> str:
@@ -335,9 +347,10 @@ def everything(subject: Subject, results: record.Results, quick: bool) -> None:
     for share in (0.5,) if quick else (0.25, 0.5, 0.75):
         predictors(subject, results, share, length(32, 96, 3))
     each_alone(subject, results, length(32, 128, 3))
-    chance(subject, results, "the disk", length(16, 24, 12))
-    chance(subject, results, f"the disk at {SLOW}", length(4, 12, 8), bandwidth=SLOW)
-    chance(subject, results, "the page cache", length(32, 32, 20), io="buffered")
+    turn = 2 if quick else 8
+    chance(subject, results, "the disk", length(16, 96, 12), turn)
+    chance(subject, results, f"the disk at {SLOW}", length(8, 32, 8), turn // 2, bandwidth=SLOW)
+    chance(subject, results, "the page cache", length(32, 128, 12), turn, io="buffered")
     for batch in (1, 2, 4, 8):
         two_of_them(subject, results, batch_case(batch), length(8, 24, 3), batch)
     whole_layers(subject, results, length(2, 6, 2))
