@@ -119,7 +119,7 @@ class Reading:
         before = link.bytes_moved
         for transfer in link.tell(lambda: [core.ask(key, Part.WHOLE) for key in keys]):
             link.wait([transfer])
-            layer.place(transfer.key)
+            layer.place([transfer.key])
         link.tell(lambda: core.release(keys))
         self.moved += link.bytes_moved - before
 

@@ -205,7 +205,7 @@ class Link(Protocol):
         ...
 
     def wait(self, transfers: Sequence[Transfer]) -> Sequence[Transfer]:
-        """Return those of these transfers that have arrived, one at least. After `arrival` work sees their bytes.
+        """Return those of these transfers that have arrived, one at least. After `arrivals` work sees their bytes.
 
         Raises PromoeError, naming the source and the offset, when a copy failed or made no progress within the
         link's bound. A chunk may still be in flight after that: `drain` tells.
@@ -216,8 +216,8 @@ class Link(Protocol):
         """Return those of these transfers that have arrived already, as `wait` does."""
         ...
 
-    def arrival(self, key: ExpertKey) -> ExpertTensors | None:
-        """Return the tensors, views of a slot, of an expert that has arrived since this was last asked.
+    def arrivals(self, keys: Iterable[ExpertKey]) -> Mapping[ExpertKey, ExpertTensors]:
+        """Return the tensors, views of a slot, of those of these experts that have arrived since this was last asked.
 
         Work that the calling thread issues from now on sees their bytes.
         """

@@ -162,26 +162,34 @@ class LayerRuntime:
         ids_TA = expert_ids_TA if ids_by_token else None
         model.begin_change()
         try:
-            # The host reads a device once, so predictions come first there; else what is missing is asked for first.
+            # The host reads a device once, so predictions come first there, and are acted on last, while the device
+            # computes. On a CPU what is missing is asked for first, and then what is predicted.
             ahead = None if x_TD.is_cpu else self._look_ahead(x_TD, ids_TA, began, absent)
             known = self._read(call, ids_TA, ahead)
             self._count(known.experts)
             waves = Waves(self, known.experts, known.recent)
             if x_TD.is_cpu:
                 ahead = self._look_ahead(x_TD, ids_TA, began, absent)
-            if ahead is not None and model.prefetcher is not None:
-                model.prefetcher.speculate(ahead, known.named or model.read(ahead.tensors))
+                self._speculate(ahead, known)
             for wave in waves.up():
                 self._compute(kernels.up, call, wave)
             kernels.activate(call)
             for wave in waves.down():
                 self._compute(kernels.down, call, wave)
+            y_TD = kernels.combine(call)
             waves.close()
+            if not x_TD.is_cpu:
+                self._speculate(ahead, known)
         except BaseException:
             model.start_afresh(0.0)
             raise
         model.end_change()
-        return kernels.combine(call)
+        return y_TD
+
+    def _speculate(self, ahead: Outlook | None, known: _Known) -> None:
+        model = self.model
+        if ahead is not None and model.prefetcher is not None:
+            model.prefetcher.speculate(ahead, known.named or model.read(ahead.tensors))
 
     def _look_ahead(self, x_TD: Tensor, ids_TA: Tensor | None, began: float, absent: int) -> Outlook | None:
         model = self.model
@@ -220,18 +228,16 @@ class LayerRuntime:
         experts = "all" if wave is None else ", ".join(map(str, wave))
         model.note("compute", f"layer {self.index} {product.__name__} of {experts}", began)
 
-    def place(self, key: ExpertKey) -> None:
-        """Let the kernels know where an expert lies, if it has arrived since they last looked."""
-        tensors = self.model.open_link().arrival(key)
-        if tensors is not None:
+    def place(self, keys: Sequence[ExpertKey]) -> None:
+        """Let the kernels know where those of these experts lie that have arrived since they last looked."""
+        for key, tensors in self.model.open_link().arrivals(keys).items():
             self.kernels.place(key.expert, tensors)
 
     def check_resident(self) -> None:
         """Note when every expert has a slot of its own: from then on nothing can leave."""
         table = self.table
         if table is not None and not self.model.budget.shared and table.holds(self.keys):
-            for key in self.keys:
-                self.place(key)  # also what was copied ahead and never asked for
+            self.place(self.keys)  # also what was copied ahead and never asked for
             self.resident = True
             self.model.check_settled()
 
@@ -473,7 +479,7 @@ class ModelRuntime:
     def _settle(self, transfer: Transfer) -> None:
         link, key = self.open_link(), transfer.key
         link.wait([transfer])
-        self.layers[key.layer].place(key)
+        self.layers[key.layer].place([key])
         link.tell(lambda: self.core.release([key]))
 
     def stats(self) -> Stats:

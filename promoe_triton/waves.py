@@ -43,8 +43,8 @@ class Served(Protocol):
         """Whether this half of an expert has weights."""
         ...
 
-    def place(self, key: ExpertKey) -> None:
-        """An expert is ready, and may be computed."""
+    def place(self, keys: Sequence[ExpertKey]) -> None:
+        """These experts are ready, and may be computed."""
         ...
 
     def remove(self, expert: int) -> None:
@@ -90,8 +90,7 @@ class Waves:
         self._needs = self._link.tell(lambda: self._gate(experts, recent))
         if self._needs.dropped:
             layer.dropped(self._needs.dropped)
-        for key in self._needs.resident:
-            layer.place(key)
+        layer.place(self._needs.resident)
         hits = sum(key.expert in self._computed for key in self._needs.resident)
         layer.counters.hits += hits
         layer.counters.misses += len(self._computed) - hits
@@ -184,7 +183,7 @@ class Waves:
         keys = [transfer.key for transfer in arrived]
         for key in keys:
             del self._asked[key]
-            self._layer.place(key)
+        self._layer.place(keys)
         if wave := self._wave(keys):
             yield wave
         passing = [transfer.key for transfer in arrived if transfer.part != Part.WHOLE]

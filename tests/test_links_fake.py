@@ -49,8 +49,8 @@ def test_a_copy_takes_what_the_wire_says() -> None:
     assert link.now() == pytest.approx(EXPERT / BANDWIDTH + 1e-3)
     assert link.bytes_moved == EXPERT
     assert link.bandwidth == pytest.approx(EXPERT / link.now())
-    assert link.arrival(ExpertKey(0, 0)) == {}
-    assert link.arrival(ExpertKey(0, 0)) is None, "an arrival is told once"
+    assert link.arrivals([ExpertKey(0, 0)]) == {ExpertKey(0, 0): {}}
+    assert not link.arrivals([ExpertKey(0, 0)]), "an arrival is told once"
 
 
 def test_nothing_happens_while_no_time_passes() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from promoe_triton.links.sources import HostSource
 from promoe_triton.links.streams import HostStreams
 from promoe_triton.memory import DeviceMemory
 from promoe_triton.policies import make_policy
-from promoe_triton.protocols import ExpertKey, ExpertSpec, Part, TensorSpec, Transfer
+from promoe_triton.protocols import Chunk, ExpertKey, ExpertSpec, Part, TensorSpec, Transfer
 from promoe_triton.slots import SlotTable
 from promoe_triton.stores.host import HostStore
 from promoe_triton.timeline import Timeline
@@ -51,7 +51,8 @@ class Stream(HostStreams):
         self.clock = 0.0
         self.waits: list[Event] = []
         self.paused: list[float] = []
-        self.broken = False
+        self.broken = self.is_open = False
+        self.opened = self.marked = self.awaited = 0
 
     def lane(self) -> Any:
         return self
@@ -59,13 +60,26 @@ class Stream(HostStreams):
     def own(self) -> None:
         raise AssertionError("whoever computes gives the device other work")
 
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        assert not self.is_open
+        self.is_open = True
+        self.opened += 1
+        try:
+            yield
+        finally:
+            self.is_open = False
+
     def after(self, event: Event) -> None:
+        self.awaited += 1
+
         def work() -> None:
             assert event.when is not None, "a stream that waits for ever"
 
         self.todo.append(work)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
+        assert self.is_open
         if self.broken:
             raise RuntimeError("the device is lost")
 
@@ -76,6 +90,7 @@ class Stream(HostStreams):
         self.todo.append(work)
 
     def pause(self, seconds: float) -> None:
+        assert self.is_open
         self.paused.append(seconds)
 
         def work() -> None:
@@ -86,6 +101,7 @@ class Stream(HostStreams):
     def mark(self, timed: bool = False) -> Any:
         """Of the lane; `timed`: of what computes, which is done but for what it waits for."""
         event = Event()
+        self.marked += not timed
         if timed and all(waited.when is not None for waited in self.waits):
             event.when = self.clock
             return event
@@ -172,9 +188,9 @@ def test_the_host_goes_on_and_the_device_waits() -> None:
     rig = Rig()
     (transfer,) = rig.need(3)
     assert rig.link.wait([transfer]) == [transfer]
-    tensors = rig.link.arrival(ExpertKey(0, 3))
+    tensors = rig.link.arrivals([ExpertKey(0, 3)]).get(ExpertKey(0, 3))
     assert tensors is not None
-    assert rig.link.arrival(ExpertKey(0, 3)) is None, "told once"
+    assert not rig.link.arrivals([ExpertKey(0, 3)]), "told once"
     (event,) = rig.stream.waits
     assert event.when is None
     assert rig.link.bytes_moved == 0
@@ -190,9 +206,63 @@ def test_nobody_waits_for_what_has_come() -> None:
     rig = Rig()
     rig.link.wait(rig.need(3))
     rig.stream.go()
-    assert rig.link.arrival(ExpertKey(0, 3)) is not None
+    assert rig.link.arrivals([ExpertKey(0, 3)])
     assert not rig.stream.waits
     assert rig.link.waited_seconds == 0.0
+
+
+def test_what_is_issued_together_costs_the_host_little() -> None:
+    """The stream is changed once, each copy ends with an event, the first begins with one; nothing is awaited twice."""
+    rig = Rig()
+    stream = rig.stream
+    stream.opened = stream.marked = stream.awaited = 0
+    transfers = rig.need(3, 4, 5)
+    assert (stream.opened, stream.marked, stream.awaited) == (1, 4, 1), "the last: whoever had the memory before"
+    keys = [transfer.key for transfer in transfers]
+    assert rig.link.arrivals(keys[:2]).keys() == {*keys[:2]}
+    assert len(stream.waits) == 1, "for the later of both"
+    assert rig.link._in_flight[1].end is stream.waits[0]
+    stream.go()
+    rig.link.fence(0, [0, 1])
+    rig.link.fence(0, [2])
+    rig.link.tell(lambda: rig.core.release(keys))
+    stream.opened = stream.marked = stream.awaited = 0
+    after = stream.after
+
+    def wait_long(event: Event) -> None:
+        after(event)
+        stream.pause(1.0)
+
+    stream.after = wait_long  # type: ignore[method-assign]
+    rig.need(*range(6, 6 + SLOTS))
+    assert (stream.opened, stream.awaited) == (1, 2), "once for each fence"
+    rig.need()
+    assert stream.opened == 1, "there is nothing to issue"
+    stream.go()
+    assert rig.link.busy_seconds == pytest.approx(rig.link.bytes_moved / RATE), "waiting for readers is no copying"
+
+
+def test_a_fence_is_awaited_unless_a_later_one_has_been() -> None:
+    rig, awaited = Rig(), list[Event]()
+    fences: list[Event] = []
+    mark = rig.stream.mark
+
+    def marked(timed: bool = False) -> Event:
+        fences.append(mark(timed))
+        return fences[-1]
+
+    rig.stream.mark = marked  # type: ignore[method-assign]
+    for slot in range(3):
+        rig.link.fence(0, [slot])
+    rig.link.fence(0, [1])
+    rig.stream.mark = mark  # type: ignore[method-assign]
+    filler: Any = rig.link._filler
+    rig.stream.after = awaited.append  # type: ignore[assignment]
+    chunks = [Chunk(Transfer(key=ExpertKey(0, 0), part=Part.WHOLE, slot=slot), 0, EXPERT) for slot in (0, 2, 1, 0, 5)]
+    assert [filler.await_readers(chunk, rig.stream) for chunk in chunks] == [True, True, True, False, False]
+    assert awaited == [fences[0], fences[2], fences[3]]
+    rig.link.fence(0, None)
+    assert [filler.await_readers(chunk, rig.stream) for chunk in chunks[:2]] == [True, False]
 
 
 def test_so_many_are_computed_together() -> None:
@@ -323,7 +393,7 @@ def test_a_drain() -> None:
     assert len(rig.stream.todo) == issued, "nothing is begun any more"
     rig.stream.go()
     assert rig.link.drain(0.001)
-    assert rig.link.arrival(transfers[0].key) is None
+    assert not rig.link.arrivals([transfers[0].key])
     rig.link.restart(Core([SlotTable(range(SLOTS), make_policy("lru", {}))], rig.link.cuts))
 
 
@@ -335,7 +405,7 @@ def test_a_copy_that_fails() -> None:
         rig.link.wait(transfers)
     rig.stream.broken = False
     rig.link.wait(rig.need(2))
-    tensors = rig.link.arrival(ExpertKey(0, 2))
+    tensors = rig.link.arrivals([ExpertKey(0, 2)]).get(ExpertKey(0, 2))
     rig.stream.go()
     assert tensors is not None
     assert tensors["up"].eq(2.0).all()
@@ -372,7 +442,7 @@ def test_whatever_the_device_refuses(call: str, moment: int, monkeypatch: pytest
     monkeypatch.undo()
     rig.stream.go()
     rig.link.wait(rig.need(9))
-    tensors = rig.link.arrival(ExpertKey(0, 9))
+    tensors = rig.link.arrivals([ExpertKey(0, 9)]).get(ExpertKey(0, 9))
     rig.stream.go()
     assert tensors is not None
     assert tensors["up"].eq(9.0).all()
@@ -416,7 +486,7 @@ def test_an_interruption_between_two_copies(monkeypatch: pytest.MonkeyPatch) -> 
         rig.link.restart(rig.core)
         for expert in (1, 4):
             rig.link.wait(rig.need(expert))
-            tensors = rig.link.arrival(ExpertKey(0, expert))
+            tensors = rig.link.arrivals([ExpertKey(0, expert)]).get(ExpertKey(0, expert))
             rig.stream.go()
             assert tensors is not None
             assert tensors["up"].eq(float(expert)).all()
@@ -479,6 +549,9 @@ class Clocks(HostStreams):
 class ClockedLane:
     def __init__(self, clocks: Clocks) -> None:
         self._clocks = clocks
+
+    def open(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def after(self, event: Any) -> None:
         self._clocks.copying = max(self._clocks.copying, event)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,13 @@ from promoe_triton.memory import Slots
 from promoe_triton.protocols import Chunk, Cuts, ExpertTensors, Transfer
 
 
+class _Fence(NamedTuple):
+    """An event after work that reads slots. As all work is in one order, a fence comes after all of lower numbers."""
+
+    number: int
+    event: Any
+
+
 class DeviceFiller:
     """Copies chunks from a source into the slots of their layers, which lie on a device. Any thread may use it."""
 
@@ -29,10 +36,10 @@ class DeviceFiller:
         self._memory_of_layer = memory_of_layer
         self._streams = streams
         self._views = Views()
-        self._fences: dict[tuple[int, int], Any] = {}
-        self._awaited: dict[int, Any] = {}  # by lane: what it waits for already
         # The allocator may have given the slots memory that work issued before still reads.
-        self._everything = self._latest = streams.mark()
+        self._everything = self._latest = _Fence(0, streams.mark())
+        self._fences: dict[tuple[int, int], _Fence] = {}
+        self._awaited: dict[int, int] = {}  # by lane: the number of the last one it waits for
         self._here = threading.local()
 
     def cuts(self, transfer: Transfer) -> Cuts:
@@ -61,14 +68,16 @@ class DeviceFiller:
         for target, data in self._pieces(chunk):
             lane.copy(target, data)
 
-    def await_readers(self, chunk: Chunk, lane: Lane) -> None:
-        """Let a lane wait for whoever reads the slot of a chunk, or any slot."""
-        everything, readers = self._everything, self._fences.get(self._place(chunk.transfer))
-        if self._awaited.get(id(lane)) is not everything:
-            lane.after(everything)
-            self._awaited[id(lane)] = everything
-        if readers is not None:
-            lane.after(readers)
+    def await_readers(self, chunk: Chunk, lane: Lane) -> bool:
+        """Let a lane wait for whoever reads the slot of a chunk, or any slot; whether it has to."""
+        everything, fence = self._everything, self._fences.get(self._place(chunk.transfer))
+        if fence is None or fence.number < everything.number:
+            fence = everything
+        if self._awaited.get(id(lane), -1) >= fence.number:
+            return False
+        lane.after(fence.event)
+        self._awaited[id(lane)] = fence.number
+        return True
 
     def _place(self, transfer: Transfer) -> tuple[int, int]:
         return id(self._memory_of_layer[transfer.key.layer]), transfer.slot
@@ -93,13 +102,13 @@ class DeviceFiller:
         return self._views.of(self._source.image(transfer), memory, transfer.slot)
 
     def fence(self, layer: int, slots: Iterable[int] | None) -> None:
-        event = self._latest = self._streams.mark()
+        fence = self._latest = _Fence(self._latest.number + 1, self._streams.mark())
         if slots is None:
-            self._everything = event
+            self._everything = fence
             return
         memory = id(self._memory_of_layer[layer])
         for slot in slots:
-            self._fences[memory, slot] = event
+            self._fences[memory, slot] = fence
 
     def _lane(self) -> Lane:
         lane: Lane | None = getattr(self._here, "lane", None)
@@ -111,6 +120,6 @@ class DeviceFiller:
     def close(self) -> None:
         # The slots' memory may go to others next, on the stream where it was taken; every layer comes after the last.
         try:
-            self._streams.settle(self._latest)
+            self._streams.settle(self._latest.event)
         finally:
             self._source.close()

@@ -7,13 +7,13 @@ which stands for computing. Whether bytes are really copied is up to the filler.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
-from promoe_triton.links.filling import Filler, ended
+from promoe_triton.links.filling import Filler, ended, taken
 from promoe_triton.links.meter import Meter
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
 from promoe_triton.timeline import Timeline
@@ -149,8 +149,8 @@ class FakeLink:
         assert self._feed is not None
         return ended(self._feed, transfers)
 
-    def arrival(self, key: ExpertKey) -> ExpertTensors | None:
-        return self._arrivals.pop(key, None)
+    def arrivals(self, keys: Iterable[ExpertKey]) -> Mapping[ExpertKey, ExpertTensors]:
+        return taken(self._arrivals, keys)
 
     def settle(self) -> None:
         """Nothing to do: what has arrived is there."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from promoe_triton.errors import PromoeError
 from promoe_triton.memory import SlotMemory, Slots
-from promoe_triton.protocols import Chunk, Cuts, ExpertTensors, Feed, Transfer
+from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
 from promoe_triton.stores.checkpoint import CheckpointStore, apply_moves
 from promoe_triton.stores.image import SlotImage
 from promoe_triton.stores.reader import FileReader
@@ -21,6 +21,13 @@ def ended(feed: Feed, transfers: Sequence[Transfer]) -> list[Transfer]:
         if (error := feed.error(transfer)) is not None:
             raise PromoeError(f"{transfer.name} could not be read: {error}") from error
     return arrived
+
+
+def taken(arrivals: dict[ExpertKey, R], keys: Iterable[ExpertKey]) -> dict[ExpertKey, R]:
+    """Take those of these experts out that have arrived."""
+    if not arrivals:
+        return {}
+    return {key: arrival for key in keys if (arrival := arrivals.pop(key, None)) is not None}
 
 
 def nothing_came(filler: Filler, transfers: Sequence[Transfer], timeout: float) -> PromoeError:

@@ -14,13 +14,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
 from promoe_triton.links.device import DeviceFiller
-from promoe_triton.links.filling import ended, nothing_came
+from promoe_triton.links.filling import ended, nothing_came, taken
 from promoe_triton.links.meter import Meter
 from promoe_triton.links.streams import Lane, Streams
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, Part, R, Transfer
@@ -44,7 +44,10 @@ class _Copy(NamedTuple):
 
 
 class _Arrival(NamedTuple):
+    """order: of a lane's events, one comes after all before it."""
+
     tensors: ExpertTensors
+    order: int
     event: Any
 
 
@@ -71,6 +74,7 @@ class IssuedLink:
         self._stopped = self._closed = False
         self._in_flight: deque[_Copy] = deque()
         self._arrivals: dict[ExpertKey, _Arrival] = {}
+        self._arrived = 0
         self._waits: deque[tuple[Any, Any]] = deque()
         self._waited = 0.0
         self._meter, self._copying = Meter(), Meter()  # copying: without what holds copies back
@@ -152,16 +156,15 @@ class IssuedLink:
         passing = [t.part is not Part.WHOLE for t in found[:TOGETHER]]
         return found[: max(passing.index(True), 1) if True in passing else TOGETHER]
 
-    def arrival(self, key: ExpertKey) -> ExpertTensors | None:
-        arrival = self._arrivals.pop(key, None)
-        if arrival is None:
-            return None
-        streams = self._streams
-        if not streams.has_come(arrival.event):
-            begin = streams.mark(timed=True)
-            streams.wait(arrival.event)
-            self._waits.append((begin, streams.mark(timed=True)))
-        return arrival.tensors
+    def arrivals(self, keys: Iterable[ExpertKey]) -> Mapping[ExpertKey, ExpertTensors]:
+        found = taken(self._arrivals, keys)
+        if found:
+            streams, last = self._streams, max(found.values(), key=lambda arrival: arrival.order)
+            if not streams.has_come(last.event):
+                begin = streams.mark(timed=True)
+                streams.wait(last.event)
+                self._waits.append((begin, streams.mark(timed=True)))
+        return {key: arrival.tensors for key, arrival in found.items()}
 
     def drain(self, patience: float) -> bool:
         deadline = time.monotonic() + patience
@@ -196,28 +199,45 @@ class IssuedLink:
     def _issue(self) -> None:
         """Give the lane what there is to copy, as far as it may be given."""
         self._look()
-        lane, filler = self._lane, self._filler
-        while (feed := self._feed) is not None and feed.backlog and not self._stopped:
-            chunk = feed.next_chunk(*self._budgets())
-            if chunk is None:
-                return
-            transfer, nbytes = chunk.transfer, chunk.end - chunk.begin
-            try:
-                filler.await_readers(chunk, lane)
-                begin = lane.mark()
-                filler.issue(chunk, lane)
-                copied = end = lane.mark()
-                pause = self._pause(nbytes)
-                if pause:
-                    lane.pause(pause * self._pace)
-                    end = lane.mark()
-                self._in_flight.append(_Copy(chunk, pause, begin, copied, end))
-                if feed.landed(chunk):
-                    tensors = filler.finish(transfer)
-                    if feed.finished(transfer):
-                        self._arrivals[transfer.key] = _Arrival(tensors, end)
-            except Exception as error:
-                feed.failed(chunk, error)
+        chunk = self._next()
+        if chunk is None:
+            return
+        with self._lane.open():
+            before = None
+            while chunk is not None:
+                before = self._copy(chunk, before)
+                chunk = self._next()
+
+    def _next(self) -> Chunk | None:
+        feed = self._feed
+        if feed is None or self._stopped or not feed.backlog:
+            return None
+        return feed.next_chunk(*self._budgets())
+
+    def _copy(self, chunk: Chunk, before: Any) -> Any:
+        """Give the lane a chunk; return the event after it. before: that of the chunk given just before, if any."""
+        lane, filler, feed = self._lane, self._filler, self._feed
+        transfer, nbytes = chunk.transfer, chunk.end - chunk.begin
+        assert feed is not None
+        try:
+            waits = filler.await_readers(chunk, lane)
+            begin = lane.mark() if waits or before is None else before
+            filler.issue(chunk, lane)
+            copied = end = lane.mark()
+            pause = self._pause(nbytes)
+            if pause:
+                lane.pause(pause * self._pace)
+                end = lane.mark()
+            self._in_flight.append(_Copy(chunk, pause, begin, copied, end))
+            if feed.landed(chunk):
+                tensors = filler.finish(transfer)
+                if feed.finished(transfer):
+                    self._arrived += 1
+                    self._arrivals[transfer.key] = _Arrival(tensors, self._arrived, end)
+        except Exception as error:
+            feed.failed(chunk, error)
+            return None
+        return end
 
     def _budgets(self) -> tuple[int, int]:
         """Return the most bytes of the next chunk: of what a layer waits for, and of what is copied ahead."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,14 @@ PORTABLE = 1
 
 
 class Lane(Protocol):
-    """A stream of copies, used by one thread at a time."""
+    """A stream of copies, used by one thread at a time, which owns it or has opened it when it copies or pauses."""
 
     def own(self) -> None:
         """The calling thread gives the device nothing to do but this lane's copies, from now on."""
+        ...
+
+    def open(self) -> AbstractContextManager[None]:
+        """The calling thread gives the device nothing to do but this lane's copies, for a while."""
         ...
 
     def after(self, event: Any) -> None:
@@ -99,42 +104,37 @@ class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._is_own = False
         self._cycles = 0.0  # in a second
 
     def own(self) -> None:
-        # To change the thread's stream for every copy takes as long as the copy.
         torch.cuda.set_stream(self._stream)
-        self._is_own = True
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        # For many copies at once: to change the thread's stream takes as long as to issue a copy.
+        device, before = torch.cuda.current_device(), torch.cuda.current_stream(self._device)
+        try:
+            torch.cuda.set_stream(self._stream)  # which makes its device the current one
+            yield
+        finally:
+            torch.cuda.set_stream(before)
+            torch.cuda.set_device(device)
 
     def after(self, event: Any) -> None:
         self._stream.wait_event(event)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        if self._is_own:
-            target.copy_(source, non_blocking=True)
-        else:
-            self._do(lambda: target.copy_(source, non_blocking=True))
+        target.copy_(source, non_blocking=True)
 
     def pause(self, seconds: float) -> None:
         sleep: Any = torch.cuda._sleep  # a kernel that only counts cycles
         if not self._cycles:
             begin = self.mark()
-            self._do(lambda: sleep(CALIBRATION))
+            sleep(CALIBRATION)
             end = self.mark()
             self.finish()
             self._cycles = CALIBRATION / (begin.elapsed_time(end) / 1e3)
-        self._do(lambda: sleep(int(seconds * self._cycles)))
-
-    def _do(self, work: Callable[[], object]) -> None:
-        """Issue work to this stream, and come back to the thread's own, and its device, whatever happens."""
-        device, before = torch.cuda.current_device(), torch.cuda.current_stream(self._device)
-        try:
-            torch.cuda.set_stream(self._stream)  # which makes its device the current one
-            work()
-        finally:
-            torch.cuda.set_stream(before)
-            torch.cuda.set_device(device)
+        sleep(int(seconds * self._cycles))
 
     def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -195,6 +195,9 @@ class CudaStreams:
 class HostLane:
     def own(self) -> None:
         pass
+
+    def open(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def after(self, event: Any) -> None:
         pass

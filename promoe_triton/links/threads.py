@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from promoe_triton.chunking import Chunking
 from promoe_triton.errors import PromoeError
-from promoe_triton.links.filling import Filler, ended, nothing_came
+from promoe_triton.links.filling import Filler, ended, nothing_came, taken
 from promoe_triton.links.meter import Meter
 from promoe_triton.protocols import Chunk, Cuts, ExpertKey, ExpertTensors, Feed, R, Transfer
 from promoe_triton.timeline import Timeline
@@ -135,8 +135,8 @@ class ThreadedLink:
             found = ended(feed, transfers)
         return found  # noqa: RET504
 
-    def arrival(self, key: ExpertKey) -> ExpertTensors | None:
-        return self._shared.arrivals.pop(key, None)
+    def arrivals(self, keys: Iterable[ExpertKey]) -> Mapping[ExpertKey, ExpertTensors]:
+        return taken(self._shared.arrivals, keys)
 
     def settle(self) -> None:
         """Nothing to do: what has arrived is there."""

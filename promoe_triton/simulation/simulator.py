@@ -86,7 +86,7 @@ class SimulatedLayer:
     def has(self, part: Part) -> bool:
         return True
 
-    def place(self, key: ExpertKey) -> None:
+    def place(self, keys: Sequence[ExpertKey]) -> None:
         pass
 
     def remove(self, expert: int) -> None:
