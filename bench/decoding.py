@@ -93,8 +93,12 @@ def decode_in_turns(
 ) -> dict[str, Run]:
     """Open a model for each of some options at once, and let them decode the same texts by turns of a few tokens.
 
-    So whatever else goes on in a shared machine, which may change within seconds, meets all of them alike.
+    So whatever else goes on in a shared machine, which may change within seconds, meets all of them alike. The tokens
+    after `warm_up` are whole turns. For a subject that can be opened more than once.
     """
+    turns, rest = divmod(len(ids[0]) - warm_up, turn)
+    assert turns, "a turn at least"
+    assert not rest, "whole turns"
     with contextlib.ExitStack() as stack:
         models = {name: stack.enter_context(subject.opened(options)) for name, options in variants.items()}
         decoders = {name: Decoder(model, ids) for name, model in models.items()}
@@ -102,11 +106,20 @@ def decode_in_turns(
             decoder.step(warm_up)
         runs: dict[str, list[Run]] = {name: [] for name in models}
         order = [*models]
-        for _ in range((len(ids[0]) - warm_up) // turn):
+        for _ in range(turns):
             for name in order:
                 runs[name].append(timed(models[name], turn, lambda name=name: decoders[name].step(turn)))  # type: ignore[misc]
+                wait_for_copies(models[name])
             order.reverse()
     return {name: joined(found) for name, found in runs.items()}
+
+
+def wait_for_copies(model: Any) -> None:
+    """Return when nothing has been copied for a while, so that no turn pays for what the one before has ordered."""
+    before, now = -1, 0
+    while before != now:
+        before, now = now, promoe_triton.stats(model).bytes_read
+        time.sleep(0.03)
 
 
 def joined(runs: Sequence[Run]) -> Run:

@@ -276,7 +276,7 @@ def chance(
 ) -> None:
     """Predictions that are no better than chance must cost nothing: paired runs on a link.
 
-    turn: both at once, by turns of so many tokens; None: one run after the other.
+    turn: both at once, by turns of so many tokens, of a subject that can be opened twice; None: one after the other.
     """
     case, variants = chance_case(link), ("random", NO_PREDICTION)
     if results.has(case):
@@ -352,9 +352,9 @@ def everything(subject: Subject, results: record.Results, quick: bool) -> None:
         predictors(subject, results, share, length(32, 96, 3))
     each_alone(subject, results, length(32, 128, 3))
     turn = 2 if quick else 8
-    chance(subject, results, "the disk", length(16, 96, 24), turn)
-    chance(subject, results, f"the disk at {SLOW}", length(8, 32, 8), turn // 2, bandwidth=SLOW)
-    chance(subject, results, "the page cache", length(16, 96, 24), turn, io="buffered")
+    chance(subject, results, "the disk", length(16, 96, 16), turn)
+    chance(subject, results, f"the disk at {SLOW}", length(8, 32, 8), turn, bandwidth=SLOW)
+    chance(subject, results, "the page cache", length(16, 96, 16), turn, io="buffered")
     for batch in (1, 2, 4, 8):
         two_of_them(subject, results, batch_case(batch), length(8, 24, 3), batch)
     whole_layers(subject, results, length(2, 6, 2))

@@ -162,34 +162,26 @@ class LayerRuntime:
         ids_TA = expert_ids_TA if ids_by_token else None
         model.begin_change()
         try:
-            # The host reads a device once, so predictions come first there, and are acted on last, while the device
-            # computes. On a CPU what is missing is asked for first, and then what is predicted.
+            # The host reads a device once, so predictions come first there; else what is missing is asked for first.
             ahead = None if x_TD.is_cpu else self._look_ahead(x_TD, ids_TA, began, absent)
             known = self._read(call, ids_TA, ahead)
             self._count(known.experts)
             waves = Waves(self, known.experts, known.recent)
             if x_TD.is_cpu:
                 ahead = self._look_ahead(x_TD, ids_TA, began, absent)
-                self._speculate(ahead, known)
+            if ahead is not None and model.prefetcher is not None:
+                model.prefetcher.speculate(ahead, known.named or model.read(ahead.tensors))
             for wave in waves.up():
                 self._compute(kernels.up, call, wave)
             kernels.activate(call)
             for wave in waves.down():
                 self._compute(kernels.down, call, wave)
-            y_TD = kernels.combine(call)
             waves.close()
-            if not x_TD.is_cpu:
-                self._speculate(ahead, known)
         except BaseException:
             model.start_afresh(0.0)
             raise
         model.end_change()
-        return y_TD
-
-    def _speculate(self, ahead: Outlook | None, known: _Known) -> None:
-        model = self.model
-        if ahead is not None and model.prefetcher is not None:
-            model.prefetcher.speculate(ahead, known.named or model.read(ahead.tensors))
+        return kernels.combine(call)
 
     def _look_ahead(self, x_TD: Tensor, ids_TA: Tensor | None, began: float, absent: int) -> Outlook | None:
         model = self.model

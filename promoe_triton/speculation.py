@@ -23,6 +23,10 @@ SMOOTHING = 0.1
 """The share of the newest layer in the time that a layer takes."""
 
 
+LONGEST = 4.0
+"""As so many layers counts what took longer, at most: whoever calls may have paused between two passes."""
+
+
 class Way(NamedTuple):
     """Where a prediction comes from: from which seam, over how many layers, for how many tokens (powers of two)."""
 
@@ -86,6 +90,8 @@ class Speculation:
         then, before = self._last
         self._last = (now, stalled)
         taken = now - then - (stalled - before)
+        if self._layer_seconds:
+            taken = min(taken, LONGEST * self._layer_seconds)
         if then and tokens < PROMPT:
             self._layer_seconds += (taken - self._layer_seconds) * (SMOOTHING if self._layer_seconds else 1.0)
 

@@ -141,3 +141,28 @@ def test_a_worker_that_ends_early_is_followed_by_another(code: str, noted: list[
     assert watch.supervise(command, marker, 60.0, seen.append) == 0
     assert seen == noted
     assert not marker.exists()
+
+
+def test_models_that_take_turns_decode_all_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    import decoding
+    from models import MODEL, prompts
+    from subjects import OnDisk
+
+    seen: list[tuple[int, int]] = []
+    step = decoding.Decoder.step
+
+    def noted(self: Any, tokens: int) -> None:
+        seen.append((id(self), tokens))
+        step(self, tokens)
+
+    monkeypatch.setattr(decoding.Decoder, "step", noted)
+    ids = prompts(MODEL, 1, 14)
+    variants: dict[str, Any] = {"one": {"slots": 0.5, "predictor": "none"}, "other": {"slots": 0.25}}
+    runs = decoding.decode_in_turns(OnDisk(MODEL), variants, ids, warm_up=2, turn=4)
+    one, other = seen[0][0], seen[1][0]
+    assert seen == [(one, 2), (other, 2), (one, 4), (other, 4), (other, 4), (one, 4), (one, 4), (other, 4)]
+    assert {name: run.steps for name, run in runs.items()} == {"one": 12, "other": 12}
+    assert all(run.counted("decodes") == 12 for run in runs.values())
+    assert runs["other"].counted("misses") > runs["one"].counted("misses")
+    with pytest.raises(AssertionError, match="whole turns"):
+        decoding.decode_in_turns(OnDisk(MODEL), variants, ids, warm_up=2, turn=5)

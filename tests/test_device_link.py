@@ -134,19 +134,25 @@ class Event(threading.Event):
 class AsyncLane:
     """A stream: does what it is told in order, each a moment later. pinned: see `DeviceLane`."""
 
+    is_owned = False
+
     def __init__(self, device: Device, traffic: Traffic, pinned: Collection[int]) -> None:
         self._device, self._traffic, self._pinned = device, traffic, pinned
 
-    def own(self) -> None:
-        pass
+    def here(self) -> bool:
+        return self.is_owned
 
-    def open(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def own(self) -> None:
+        self.is_owned = True
+
+    def back(self, here: bool) -> None:
+        self.is_owned = here
 
     def after(self, event: Any) -> None:
         self._device.issue(lambda: arrived(event))
 
     def copy(self, target: Tensor, source: Tensor) -> None:
+        assert self.is_owned
         check_registered(source, self._pinned)
         if not any(page in self._pinned for page in pages_of(source)):
             source = source.clone()  # the driver has taken a copy of it
@@ -159,6 +165,7 @@ class AsyncLane:
         self._device.issue(work)
 
     def pause(self, seconds: float) -> None:
+        assert self.is_owned
         self._device.issue(lambda: time.sleep(seconds))
 
     def mark(self) -> Any:
@@ -189,17 +196,22 @@ class DeviceLane:
     pinned: the pages that are registered; a copy from some of them and from others is refused.
     """
 
+    is_owned = False
+
     def __init__(self, traffic: Traffic | None = None, pinned: Collection[int] = ()) -> None:
         self._todo: list[Callable[[], None]] = []
         self._traffic = traffic or Traffic()
         self._pinned = pinned
         self._nbytes = 0
 
-    def own(self) -> None:
-        pass
+    def here(self) -> bool:
+        return self.is_owned
 
-    def open(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def own(self) -> None:
+        self.is_owned = True
+
+    def back(self, here: bool) -> None:
+        self.is_owned = here
 
     def after(self, event: Any) -> None:
         def wait() -> None:
@@ -211,6 +223,7 @@ class DeviceLane:
         def work() -> None:
             target.copy_(source)
 
+        assert self.is_owned
         check_registered(source, self._pinned)
         self._todo.append(work)
         self._nbytes += target.nbytes
@@ -717,9 +730,12 @@ def test_a_lane_gives_the_thread_back_what_it_had(broken: bool, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["streams"][device.index])
     monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
     lane: Any = CudaLane(torch.device("cuda", 1))
-    with pytest.raises(RuntimeError, match="lost") if broken else contextlib.nullcontext(), lane.open():
+    here = lane.here()
+    lane.own()
+    with pytest.raises(RuntimeError, match="lost") if broken else contextlib.nullcontext():
         lane.copy(Target(), None)
         lane.copy(Target(), None)
+    lane.back(here)
     assert seen == [(1, "lane")] * (1 if broken else 2)
     assert now == {"device": 0, "streams": {0: "mine", 1: "other"}}
 

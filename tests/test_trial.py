@@ -171,6 +171,21 @@ def test_passes_of_two_threads_that_come_between_each_other_are_not_timed() -> N
     assert trial._passes <= before + 1
 
 
+def test_a_pause_between_two_passes_is_no_layer_that_takes_long() -> None:
+    """What is copied ahead is held to what the link brings until the layer comes, also after a person has thought."""
+    speculation, now = Speculation(), 0.0
+    for step in range(40):
+        for layer in range(4):
+            now += 60.0 if layer == 0 and step % 4 == 3 else 1e-3
+            speculation.routed(layer, 1, now, 0.0, 0)
+            if step > 10:
+                assert 0.9e-3 < speculation._layer_seconds < 1.5e-3
+    for _ in range(60):
+        now += 1e-2
+        speculation.routed(0, 1, now, 0.0, 0)
+    assert speculation._layer_seconds == pytest.approx(1e-2, rel=0.1), "but what lasts is believed"
+
+
 def test_a_ghost_cache_misses_what_an_lru_cache_would() -> None:
     ghost = GhostCache(2)
     assert [ghost.misses([key]) for key in "abacbca"] == [1, 1, 0, 1, 1, 0, 1]

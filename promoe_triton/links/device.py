@@ -39,7 +39,7 @@ class DeviceFiller:
         # The allocator may have given the slots memory that work issued before still reads.
         self._everything = self._latest = _Fence(0, streams.mark())
         self._fences: dict[tuple[int, int], _Fence] = {}
-        self._awaited: dict[int, int] = {}  # by lane: the number of the last one it waits for
+        self._awaited: dict[Lane, int] = {}  # the number of the last one that each lane waits for
         self._here = threading.local()
 
     def cuts(self, transfer: Transfer) -> Cuts:
@@ -73,10 +73,10 @@ class DeviceFiller:
         everything, fence = self._everything, self._fences.get(self._place(chunk.transfer))
         if fence is None or fence.number < everything.number:
             fence = everything
-        if self._awaited.get(id(lane), -1) >= fence.number:
+        if self._awaited.get(lane, -1) >= fence.number:
             return False
         lane.after(fence.event)
-        self._awaited[id(lane)] = fence.number
+        self._awaited[lane] = fence.number
         return True
 
     def _place(self, transfer: Transfer) -> tuple[int, int]:

@@ -199,14 +199,16 @@ class IssuedLink:
     def _issue(self) -> None:
         """Give the lane what there is to copy, as far as it may be given."""
         self._look()
-        chunk = self._next()
-        if chunk is None:
+        if self._feed is None or self._stopped or not self._feed.backlog:
             return
-        with self._lane.open():
-            before = None
-            while chunk is not None:
+        before, begun, here = None, False, self._lane.here()
+        try:
+            while (chunk := self._next()) is not None:
+                begun = True
                 before = self._copy(chunk, before)
-                chunk = self._next()
+        finally:
+            if begun:
+                self._lane.back(here)
 
     def _next(self) -> Chunk | None:
         feed = self._feed
@@ -220,8 +222,11 @@ class IssuedLink:
         transfer, nbytes = chunk.transfer, chunk.end - chunk.begin
         assert feed is not None
         try:
+            if before is None:
+                lane.own()
+            # What follows at once begins when the one before it ends.
             waits = filler.await_readers(chunk, lane)
-            begin = lane.mark() if waits or before is None else before
+            begin = lane.mark() if waits or before is None or self._streams.has_come(before) else before
             filler.issue(chunk, lane)
             copied = end = lane.mark()
             pause = self._pause(nbytes)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -21,14 +19,18 @@ PORTABLE = 1
 
 
 class Lane(Protocol):
-    """A stream of copies, used by one thread at a time, which owns it or has opened it when it copies or pauses."""
+    """A stream of copies, used by one thread at a time, which owns it when it copies or pauses."""
 
-    def own(self) -> None:
-        """The calling thread gives the device nothing to do but this lane's copies, from now on."""
+    def here(self) -> Any:
+        """Return where the calling thread's work for this lane's device goes now, for `back`."""
         ...
 
-    def open(self) -> AbstractContextManager[None]:
-        """The calling thread gives the device nothing to do but this lane's copies, for a while."""
+    def own(self) -> None:
+        """The calling thread gives the device nothing to do but this lane's copies, from now on, or until `back`."""
+        ...
+
+    def back(self, here: Any) -> None:
+        """Let the calling thread's work go where it went before."""
         ...
 
     def after(self, event: Any) -> None:
@@ -106,19 +108,17 @@ class CudaLane:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._cycles = 0.0  # in a second
 
-    def own(self) -> None:
-        torch.cuda.set_stream(self._stream)
+    def here(self) -> Any:
+        return torch.cuda.current_device(), torch.cuda.current_stream(self._device)
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        # For many copies at once: to change the thread's stream takes as long as to issue a copy.
-        device, before = torch.cuda.current_device(), torch.cuda.current_stream(self._device)
-        try:
-            torch.cuda.set_stream(self._stream)  # which makes its device the current one
-            yield
-        finally:
-            torch.cuda.set_stream(before)
-            torch.cuda.set_device(device)
+    def own(self) -> None:
+        # For many copies at once: it takes as long as to issue one.
+        torch.cuda.set_stream(self._stream)  # which makes its device the current one
+
+    def back(self, here: Any) -> None:
+        device, stream = here
+        torch.cuda.set_stream(stream)
+        torch.cuda.set_device(device)
 
     def after(self, event: Any) -> None:
         self._stream.wait_event(event)
@@ -193,11 +193,14 @@ class CudaStreams:
 
 
 class HostLane:
+    def here(self) -> Any:
+        return None
+
     def own(self) -> None:
         pass
 
-    def open(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def back(self, here: Any) -> None:
+        pass
 
     def after(self, event: Any) -> None:
         pass
