@@ -104,7 +104,7 @@ def main() -> None:
         for name, values in taken.items():
             weights = DISTANCE * G * D + (WIDTH * (D + DISTANCE * G) if name == "learned" else 0)
             (run,) = predictors[name]._plan(seen[0])
-            nbytes = sum(matrix.nbytes for matrix in (run.weight_DG, run.out_RG) if matrix is not None)
+            nbytes = sum(matrix.nbytes for matrix in (run.weight_DG, *(run.inner or ())))
             read = f"{weights:,} weights, {nbytes / 1e6:.2f} MB read, {2 * weights / 1e6:.2f} MFLOP"
             note = f"{read}, {DISTANCE} layers ahead"
             micros = [value * 1e6 for value in values]

@@ -135,7 +135,7 @@ class TestPredictor:
         assert compared > 4
 
     def test_all_distances_are_one_product(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of the gates and what was learned beside them; one more leads from that to all of them."""
+        """Of the gates; what was learned for all of them adds two."""
         gates = gates_of(build())
         products: list[tuple[int, ...]] = []
         addmm = torch.addmm
@@ -146,7 +146,7 @@ class TestPredictor:
             return result
 
         seen = observations(build())[1]
-        for heads, count in ((None, 1), (drawn(gates), 2)):
+        for heads, count in ((None, 1), (drawn(gates), 3)):
             predictor = GatePredictor(gates, Reach(distance=2), heads)
             said(predictor, seen)
             with monkeypatch.context() as patched:

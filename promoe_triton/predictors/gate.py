@@ -2,8 +2,8 @@
 
 Training-free. What a layer's router was given goes back to the standardised state u, and one product with the
 routers of all later layers in reach, gains folded in, gives what each would choose if nothing changed on the way.
-The weights of a stack of layers lie one after the other, each once, whatever the distance; small ones, and those beside
-which something was learned, are copied for each layer that they are asked from, in the form that is fastest.
+The weights of a stack of layers lie one after the other, each once, whatever the distance; on a CPU small ones, and
+those beside which something was learned, are copied for each layer that they are asked from, as it is fastest.
 
 Letters: T tokens, N layers looked at together, G rows of a router, E experts, D model dim, K experts named.
 """
@@ -173,8 +173,8 @@ class _Bank:
 class _Run:
     """Consecutive layers of a bank, as one product.
 
-    out_RG: what was learned goes through R hidden units, whose weights are the last columns of weight_DG, beside those
-    of the gates; without gates it is added to out_G. of_state: it is asked with what a router was given, not with u.
+    inner: what was learned, (in_DR, in_R, out_RG). gated: whether that is added to what the gates say, or to the bias.
+    of_state: it is asked with what a router was given, not with u.
     """
 
     targets: tuple[Target, ...]
@@ -183,18 +183,20 @@ class _Run:
     weight_DG: Tensor
     bias_G: Tensor
     correction_NG: Tensor | None
-    out_RG: Tensor | None = None
-    out_G: Tensor | None = None
+    inner: tuple[Tensor, Tensor, Tensor] | None = None
+    gated: bool = True
     of_state: bool = False
 
     def logits(self, u_TD: Tensor) -> Tensor:
         """Return the logits of all its layers, [T, N G]."""
-        said_TG = torch.addmm(self.bias_G, u_TD, self.weight_DG)
-        if self.out_RG is None:
+        said_TG = torch.addmm(self.bias_G, u_TD, self.weight_DG) if self.gated else self.bias_G
+        if self.inner is None:
             return said_TG
-        R, dtype = len(self.out_RG), self.out_RG.dtype
-        base = said_TG[:, :-R] if self.out_G is None else self.out_G
-        return torch.addmm(base.to(dtype), said_TG[:, -R:].relu_().to(dtype), self.out_RG)
+        in_DR, in_R, out_RG = self.inner
+        inner_TR = torch.addmm(in_R, u_TD, in_DR).relu_()
+        if out_RG.dtype != inner_TR.dtype:
+            said_TG, inner_TR = said_TG.to(out_RG.dtype), inner_TR.to(out_RG.dtype)
+        return torch.addmm(said_TG, inner_TR, out_RG)
 
     def part(self, begin: int, end: int) -> _Run:
         """Return some of its layers, of the gates alone."""
@@ -216,14 +218,11 @@ def _learned(run: _Run, head: Head, order: Sequence[int]) -> list[_Run]:
     mine = places[:known]
     found = []
     if known:
-        part = run.part(0, known)
-        weight_DG, bias_G, out_G = head.in_DR, head.in_R, None
-        if head.out_HG is None:
-            weight_DG, bias_G = torch.cat([part.weight_DG, weight_DG], dim=1), torch.cat([part.bias_G, bias_G])
-        else:
-            out_G = head.out_HG[mine].flatten()
-        out_RG = _by_columns(head.out_RHG[:, mine].flatten(1))
-        found.append(replace(part, weight_DG=_by_columns(weight_DG), bias_G=bias_G, out_RG=out_RG, out_G=out_G))
+        out_RG = head.out_RHG[:, mine].flatten(1)
+        part = replace(run.part(0, known), inner=(_by_columns(head.in_DR), head.in_R, _by_columns(out_RG)))
+        if head.out_HG is not None:
+            part = replace(part, gated=False, bias_G=head.out_HG[mine].flatten())
+        found.append(part)
     if known < len(places):
         found.append(run.part(known, len(places)))
     return found
@@ -239,29 +238,24 @@ SMALL = 1 << 18
 
 
 def _quick(run: _Run, norm: Norm | None) -> _Run:
-    """Return a run as it is fastest: on a CPU, if small or a copy anyway, with the way from router input to u in it.
+    """Return a run as it is fastest: on a CPU, where it is small or something was learned, as a copy that has the way
+    from a router's input to u in it.
 
     norm: what that router's input went through; None: it is asked with u.
     """
-    if not run.weight_DG.is_cpu:
-        return run
-    weight_DG, bias_G, out_RG, out_G = run.weight_DG, run.bias_G, run.out_RG, run.out_G
+    weight_DG, inner = run.weight_DG, run.inner
     is_small = weight_DG.numel() <= SMALL
-    if not is_small and out_RG is None:
-        return run  # as it lies in its bank
+    if not weight_DG.is_cpu or not (is_small or inner):
+        return run
     dtype = torch.float32 if is_small else weight_DG.dtype
-    if norm is not None:
-        weight_DG = norm.folded(weight_DG.float())
-    if out_RG is not None and out_RG.numel() <= SMALL:
-        out_RG, out_G = out_RG.float(), None if out_G is None else out_G.float()
-    return replace(
-        run,
-        weight_DG=weight_DG.to(dtype),
-        bias_G=bias_G.to(dtype),
-        out_RG=out_RG,
-        out_G=out_G,
-        of_state=norm is not None,
-    )
+
+    def quick(matrix_DN: Tensor) -> Tensor:
+        return (matrix_DN if norm is None else norm.folded(matrix_DN.float())).to(dtype)
+
+    if inner is not None:
+        in_DR, in_R, out_RG = inner
+        inner = (quick(in_DR), in_R.to(dtype), out_RG.float() if out_RG.numel() <= SMALL else out_RG.to(dtype))
+    return replace(run, weight_DG=quick(weight_DG), bias_G=run.bias_G.to(dtype), inner=inner, of_state=norm is not None)
 
 
 def _banks(gates: Gates) -> list[_Bank]:
