@@ -199,28 +199,25 @@ class IssuedLink:
     def _issue(self) -> None:
         """Give the lane what there is to copy, as far as it may be given."""
         self._look()
-        if self._feed is None or self._stopped or not self._feed.backlog:
+        if self._asked() is None:
             return
         before, begun, here = None, False, self._lane.here()
         try:
-            while (chunk := self._next()) is not None:
+            while (feed := self._asked()) is not None and (chunk := feed.next_chunk(*self._budgets())) is not None:
                 begun = True
-                before = self._copy(chunk, before)
+                before = self._copy(feed, chunk, before)
         finally:
             if begun:
                 self._lane.back(here)
 
-    def _next(self) -> Chunk | None:
+    def _asked(self) -> Feed | None:
+        """Return the feed, if it may be asked and has something to copy."""
         feed = self._feed
-        if feed is None or self._stopped or not feed.backlog:
-            return None
-        return feed.next_chunk(*self._budgets())
+        return feed if feed is not None and feed.backlog and not self._stopped else None
 
-    def _copy(self, chunk: Chunk, before: Any) -> Any:
+    def _copy(self, feed: Feed, chunk: Chunk, before: Any) -> Any:
         """Give the lane a chunk; return the event after it. before: that of the chunk given just before, if any."""
-        lane, filler, feed = self._lane, self._filler, self._feed
-        transfer, nbytes = chunk.transfer, chunk.end - chunk.begin
-        assert feed is not None
+        lane, filler, transfer, nbytes = self._lane, self._filler, chunk.transfer, chunk.end - chunk.begin
         try:
             if before is None:
                 lane.own()
