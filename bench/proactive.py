@@ -7,6 +7,10 @@ variant is a step of the ablation, or all techniques with another predictor.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pydoc
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +22,9 @@ from decoding import Decoder, Run, decode, decode_in_turns, prefill, timed
 from models import MODEL, large_checkpoint, prompts
 from subjects import OnDisk, Subject
 from timing import interval, ratios, take_turns
+from transformers import AutoTokenizer
 
+import promoe_triton
 from promoe_triton.demo import PREDICTOR
 
 EXPERT_BYTES, LARGE, SMALL = 9_400_000, 17_300_000, 2_400_000
@@ -38,6 +44,8 @@ PREDICTED: dict[str, dict[str, Any]] = {
 }
 """Everything on, with other predictors: by default in the passes that are faster for it, or in all."""
 SLOW = "250MB/s"
+DOCUMENTED, PROFILED = ("argparse", "pathlib", "shutil", "statistics", "tarfile", "textwrap"), 256
+"""Modules, and how many tokens of what is said of each, that tell which experts are popular (`static`)."""
 FIRST = ("lru", NO_PREDICTION, "gate, always", "learned, always", "all")
 FIRST_LOOK = "decode, one run of each, 50.0% in slots"
 WHOLE_LAYERS = "decode, whole layers, 50.0% in slots"
@@ -59,6 +67,19 @@ class Length:
     warm_up: int
     tokens: int
     repeats: int
+
+
+@functools.cache
+def profile() -> Path:
+    """Write how popular the demo model's experts are in text that nothing here decodes: what pydoc says of modules."""
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), promoe_triton.from_pretrained(str(MODEL), slots=1.0)
+    found = [pydoc.plaintext.document(importlib.import_module(name)) for name in DOCUMENTED]
+    ids = [tokenizer(text)["input_ids"][:PROFILED] for text in found]
+    for text in ids:
+        Decoder(model, [text]).step(len(text))
+    path = Path(tempfile.mkdtemp(prefix="promoe-profile-")) / "profile.json"
+    promoe_triton.save_profile(model, path)
+    return path
 
 
 def texts(length: Length, batch: int = 1) -> list[list[list[int]]]:
@@ -139,7 +160,7 @@ def ablation(
         return
     results.begin()
     slots = round(subject.experts * share)
-    runs = compare(subject, STEPS, length, slots=slots, **common)
+    runs = compare(subject, STEPS, length, slots=slots, profile=profile(), **common)
     rows = rows_of(case, runs)
     for variant in STEPS[1:]:
         rows.append(speedup(case, runs, variant, "lru", targets.get(share) if variant == "all" else None))
@@ -229,7 +250,7 @@ def prompt_after_another(
         return
     # Nothing is predicted in a prompt: prefetching alone is lru.
     variants = ("lru", "static", "layer", "preemption", "all")
-    slots = round(subject.experts * share)
+    common |= {"slots": round(subject.experts * share), "profile": profile()}
     results.begin()
     found = prompts(MODEL, 2 * repeats, tokens)
     first: dict[str, list[Run]] = {variant: [] for variant in variants}
@@ -237,7 +258,7 @@ def prompt_after_another(
 
     def run(variant: str) -> float:
         earlier, prompt = found[2 * len(runs[variant])], found[2 * len(runs[variant]) + 1]
-        cold, warm = prefill(subject, common | {"slots": slots} | options(variant), earlier, prompt)
+        cold, warm = prefill(subject, common | options(variant), earlier, prompt)
         first[variant].append(cold)
         runs[variant].append(warm)
         return warm.seconds

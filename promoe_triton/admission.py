@@ -7,8 +7,8 @@ anyway). A guess is judged whether it was copied or not, so that a predictor tha
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 PLACES = 8
 """Ranks of one prediction that are told apart; a longer one is cut into so many equal parts."""
@@ -37,56 +37,58 @@ class _Record:
         return (self.right + believed * weight) / (self.guesses + weight)
 
 
+def _records() -> list[_Record]:
+    return [_Record() for _ in range(PLACES)]
+
+
+@dataclass(slots=True)
+class Standing:
+    """What is known, by place, of the guesses that come one way for one layer.
+
+    worthy: whether a guess is worth a copy. open: guesses that the layer has not settled yet, as (expert, place).
+    """
+
+    everywhere: list[_Record]
+    own: list[_Record] = field(default_factory=_records)
+    worthy: list[bool] = field(default_factory=list)
+    open: Sequence[tuple[int, int]] = ()
+
+    def rate(self, place: int) -> float:
+        """Return the share of guesses at this place that come true."""
+        believed = self.everywhere[place].rate(PRIOR, PRIOR_GUESSES)
+        return self.own[place].rate(believed, SHARED_GUESSES)
+
+
 class Admission:
     """Judges predictions by rank. A *way* is where a prediction comes from: a seam, and how far ahead it looks."""
 
     def __init__(self, worth: float = WORTH) -> None:
         self._worth = worth
-        self._all: dict[Hashable, list[_Record]] = {}
-        self._own: dict[tuple[Hashable, int], list[_Record]] = {}
-        self._worthy: dict[tuple[Hashable, int], list[bool]] = {}
-        self._open: dict[int, dict[Hashable, list[tuple[int, int]]]] = {}
+        self._everywhere: dict[Hashable, list[_Record]] = {}
+        self._standings: dict[int, dict[Hashable, Standing]] = {}
 
-    def rate(self, way: Hashable, layer: int, place: int) -> float:
-        """Return the share of guesses at this place that come true."""
-        everywhere, own = self._records(way, layer)
-        return own[place].rate(everywhere[place].rate(PRIOR, PRIOR_GUESSES), SHARED_GUESSES)
-
-    def worthy(self, way: Hashable, layer: int) -> list[bool]:
-        """Return by place whether a guess is worth a copy."""
-        known = self._worthy.get((way, layer))
-        if known is None:
-            known = [self.rate(way, layer, place) >= self._worth for place in range(PLACES)]
-            self._worthy[way, layer] = known
-        return known
-
-    def guessed(self, way: Hashable, layer: int, guesses: Iterable[tuple[int, int]]) -> None:
-        """Note (expert, place) pairs that this way names for a layer, and that are not there yet."""
-        self._open.setdefault(layer, {})[way] = list(guesses)
+    def of(self, way: Hashable, layer: int) -> Standing:
+        """Return what is known of a way for a layer; its open guesses are whoever predicts to set."""
+        standings = self._standings.setdefault(layer, {})
+        standing = standings.get(way)
+        if standing is None:
+            standing = standings[way] = Standing(self._everywhere.setdefault(way, _records()))
+            standing.worthy = [standing.rate(place) >= self._worth for place in range(PLACES)]
+        return standing
 
     def settle(self, layer: int, needed: Collection[int]) -> None:
         """The layer needs these experts: judge what was guessed."""
-        for way, guesses in self._open.pop(layer, _NO_GUESSES).items():
-            everywhere, own = self._records(way, layer)
-            worthy = self.worthy(way, layer)
+        for standing in self._standings.get(layer, _NONE).values():
+            guesses, standing.open = standing.open, ()
             for expert, place in guesses:
                 right = expert in needed
-                everywhere[place].note(right)
-                own[place].note(right)
+                standing.everywhere[place].note(right)
+                standing.own[place].note(right)
             for place in {place for _, place in guesses}:
-                worthy[place] = self.rate(way, layer, place) >= self._worth
-
-    def _records(self, way: Hashable, layer: int) -> tuple[list[_Record], list[_Record]]:
-        """Return what is known of a way by place: over all layers, and of this one."""
-        everywhere, own = self._all.get(way), self._own.get((way, layer))
-        if everywhere is None:
-            everywhere = self._all[way] = [_Record() for _ in range(PLACES)]
-        if own is None:
-            own = self._own[way, layer] = [_Record() for _ in range(PLACES)]
-        return everywhere, own
+                standing.worthy[place] = standing.rate(place) >= self._worth
 
 
-_NO_GUESSES: dict[Hashable, list[tuple[int, int]]] = {}
+_NONE: Mapping[Hashable, Standing] = {}
 
 
 @functools.cache

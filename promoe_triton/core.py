@@ -97,6 +97,7 @@ class Core:
         overtake: bool = True,
         preempt: bool = True,
         reorder: bool = True,
+        pins: bool = False,
         ghosts: bool = False,
     ) -> None:
         self.tables = tables
@@ -109,6 +110,7 @@ class Core:
         self._cuts = cuts
         self._preempt = preempt
         self._reorder = reorder
+        self._pins = reorder or pins
         self._on_way: dict[ExpertKey, Transfer] = {}
         # By layer: at which position each expert is expected.
         self._expected: list[dict[ExpertKey, int]] = [{} for _ in tables]
@@ -144,13 +146,13 @@ class Core:
                 self._prove(key)
             is_ready = key in ready
             (resident if is_ready else missing).append(key)
-            if not self._reorder:
+            if not self._pins:
                 if is_ready:
                     table.lease([key])
                 if recent is None:
                     table.touch([key])
                 table.make_room(len(missing))
-        if self._reorder:
+        if self._pins:
             table.lease(resident)
             if recent is None:
                 table.touch(keys)
@@ -181,7 +183,7 @@ class Core:
             else:
                 passing = len(missing) - kept
                 streamed, missing = missing[:passing], missing[passing:]
-        leaving = [] if self._reorder else [key for key in keys[: -len(table)] if key in {*resident}]
+        leaving = [] if self._pins else [key for key in keys[: -len(table)] if key in {*resident}]
         return Needs(resident=resident, missing=missing, streamed=streamed, leaving=leaving, dropped=dropped)
 
     def ask(self, key: ExpertKey, part: Part) -> Transfer:
@@ -225,16 +227,18 @@ class Core:
         """An expert that passes through is not read any more, and its slot is free."""
         self._vacate(key)
 
-    def predict(self, position: int, ranked: Sequence[ExpertKey], nbytes: float, way: Hashable = None) -> None:
+    def predict(self, position: int, ranked: Sequence[ExpertKey], nbytes: float, way: Hashable = None) -> bool:
         """Speculate that these experts of a layer, most likely first, will be needed at `position`.
 
         Only those that are worth it by what became of earlier guesses that came this `way`. They count as expected, so
         that resident ones stay. Of the others so many are queued that all but the last fit into `nbytes`.
+        Returns whether a guess of any of these ranks is worth a copy.
         """
         if not ranked:
-            return
+            return False
         layer = ranked[0].layer
-        table, worthy = self.tables[layer], self.admission.worthy(way, layer)
+        table, standing = self.tables[layer], self.admission.of(way, layer)
+        worthy = standing.worthy
         ready, expected = table.ready(), self._expected[layer]
         guesses, named = [], []
         for key, place in zip(ranked, places(len(ranked)), strict=True):
@@ -262,7 +266,8 @@ class Core:
                 expected[key] = position
         table.expect(reversed(named))
         if guesses:
-            self.admission.guessed(way, layer, guesses)
+            standing.open = guesses
+        return any(worthy[: len(ranked)])
 
     def position_of(self, layer: int, steps: int) -> int:
         """Return the position of `layer` `steps` passes from now; 0: in this pass, or the next if it has been."""
@@ -471,5 +476,6 @@ def make_core(config: Config, tables: Sequence[SlotTable], cuts: Callable[[Trans
         overtake=config.overtake,
         preempt=Technique.PREEMPTION in step.techniques,
         reorder=Technique.REORDER in step.techniques or step.layer,
+        pins=config.replacement == "static",
         ghosts=config.predicts and not config.always_predict,
     )

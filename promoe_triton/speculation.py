@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from promoe_triton.admission import places
 from promoe_triton.core import Core
 from promoe_triton.protocols import ExpertKey, Seam
 from promoe_triton.trial import Trial
@@ -133,8 +132,6 @@ class Speculation:
             ahead = position - core.position
             way = Way(place.seam, ahead, tokens.bit_length())
             window = bandwidth * self._layer_seconds * ahead - core.queued(position)
-            core.predict(position, keys, window, way)
-            worthy = core.admission.worthy(way, keys[0].layer)
-            promising |= any(worthy[place] for place in places(len(keys)))
+            promising |= core.predict(position, keys, window, way)
         if not promising:
             self._skipped[place] = PROBE - 1

@@ -69,7 +69,8 @@ class Waves:
 
     Missing experts take slots and stay. Where there are more of them than slots, the last of them pass through a few
     slots twice: first their up projection, then their down projection, so that every byte is still read once. What
-    has come through such a slot is computed before resident experts are, so that the slot is free for the next.
+    has come through such a slot is computed before resident experts are, and alone, so that the slot is free for the
+    next; and its second half is asked for at once, so that the link goes on while the rest of the first is computed.
 
     Without reordering, experts are computed in the order of their numbers; without preemption, a missing one is asked
     for when it is its turn; with whole layers, all experts are copied and only then computed (`Step`).
@@ -82,7 +83,9 @@ class Waves:
         self._preempt = Technique.PREEMPTION in step.techniques
         self._reorder = Technique.REORDER in step.techniques
         self._whole_layer = step.layer
+        self._as_they_come = self._preempt and (self._reorder or self._whole_layer)
         self._asked: dict[ExpertKey, Transfer] = {}
+        self._second_halves: dict[ExpertKey, Transfer] = {}
         if step.layer:
             experts = range(layer.experts)
         elif not self._reorder:
@@ -114,8 +117,8 @@ class Waves:
     def up(self) -> Iterator[list[int]]:
         """Yield experts whose up projection can be computed, until all are."""
         resident, missing, streamed = self._needs.resident, self._needs.missing, self._streamed(self._needs, Part.UP)
-        if self._preempt and (self._reorder or self._whole_layer):
-            yield from self._as_they_come(resident, streaming=bool(streamed))
+        if self._as_they_come:
+            yield from self._by_arrival(resident, streaming=bool(streamed))
         else:
             kept = [*resident, *missing] if self._reorder else sorted([*resident, *missing])
             yield from self._one_by_one(kept, Part.WHOLE)
@@ -124,10 +127,11 @@ class Waves:
     def down(self) -> Iterator[list[int]]:
         """Yield experts whose down projection can be computed, until all are."""
         kept, streamed = [*self._needs.resident, *self._needs.missing], self._streamed(self._needs, Part.DOWN)
-        if self._preempt and streamed:
+        self._asked = self._second_halves
+        if self._preempt and not self._layer.has(Part.UP):
             self._link.tell(lambda: self._ask_all(streamed, Part.DOWN))
-        if self._preempt and self._reorder:
-            yield from self._as_they_come(kept, streaming=bool(streamed))
+        if self._as_they_come:
+            yield from self._by_arrival(kept, streaming=bool(streamed))
         else:
             yield self._wave(kept)
             yield from self._one_by_one(streamed, Part.DOWN)
@@ -136,7 +140,7 @@ class Waves:
         """Return those of these experts that are computed: all, unless whole layers are copied."""
         return [key.expert for key in keys if key.expert in self._computed]
 
-    def _as_they_come(self, ready: Sequence[ExpertKey], streaming: bool) -> Iterator[list[int]]:
+    def _by_arrival(self, ready: Sequence[ExpertKey], streaming: bool) -> Iterator[list[int]]:
         """Yield ready experts, and what was asked for as it arrives.
 
         streaming: what arrives goes first, as the next expert waits for its slot.
@@ -180,22 +184,32 @@ class Waves:
         return arrived
 
     def _compute(self, arrived: Sequence[Transfer]) -> Iterator[list[int]]:
-        keys = [transfer.key for transfer in arrived]
-        for key in keys:
-            del self._asked[key]
-        self._layer.place(keys)
-        if wave := self._wave(keys):
+        for transfer in arrived:
+            del self._asked[transfer.key]
+        # What passes through goes first, and one by one: while the second is computed, the slot of the first is filled.
+        for transfer in arrived:
+            if transfer.part != Part.WHOLE:
+                yield from self._pass_through(transfer)
+        kept = [transfer.key for transfer in arrived if transfer.part == Part.WHOLE]
+        self._layer.place(kept)
+        if wave := self._wave(kept):
             yield wave
-        passing = [transfer.key for transfer in arrived if transfer.part != Part.WHOLE]
-        if passing:
-            for key in passing:
-                self._layer.remove(key.expert)
-            self._fence(passing)
-            self._link.tell(lambda: self._discard(passing))
 
-    def _discard(self, keys: Iterable[ExpertKey]) -> None:
-        for key in keys:
-            self._core.discard(key)
+    def _pass_through(self, transfer: Transfer) -> Iterator[list[int]]:
+        key = transfer.key
+        self._layer.place([key])
+        if wave := self._wave([key]):
+            yield wave
+        self._layer.remove(key.expert)
+        self._fence([key])
+        is_due = self._preempt and transfer.part == Part.UP and self._layer.has(Part.DOWN)
+        self._link.tell(lambda: self._leave(key, is_due))
+
+    def _leave(self, key: ExpertKey, is_due: bool) -> None:
+        """A slot is free again. is_due: the other half is wanted as well, after the first halves of all others."""
+        self._core.discard(key)
+        if is_due:
+            self._second_halves[key] = self._core.ask(key, Part.DOWN)
 
     def close(self) -> None:
         """Give all leases back."""

@@ -310,7 +310,8 @@ class TestFaults:
         def sizes() -> list[int]:
             core.tallies()
             own = (*core._expected, core._unproven, core._on_way, core._cold, core.queue._progress)
-            return [len(held) for held in own] + [len(core.admission._all), len(core.admission._own)]
+            ways = (core.admission._everywhere, *core.admission._standings.values())
+            return [len(held) for held in (*own, *ways)]
 
         generator = torch.Generator().manual_seed(1)
 
