@@ -15,8 +15,9 @@ from promoe_triton import core as cores
 from promoe_triton.config import Config
 from promoe_triton.core import Core, Needs, Tally
 from promoe_triton.policies import POLICIES, make_policy
-from promoe_triton.protocols import PAGE, Chunk, Cuts, ExpertKey, Part, Transfer
+from promoe_triton.protocols import PAGE, Chunk, Cuts, ExpertKey, Part, Seam, Transfer
 from promoe_triton.slots import SlotTable
+from promoe_triton.speculation import PROBE, Place, Ranking, Speculation
 from promoe_triton.transfers import URGENT
 
 LAYERS, EXPERTS = 3, 5
@@ -230,7 +231,7 @@ class Driven(RuleBasedStateMachine):
         assert len(known) <= 2 * LAYERS * EXPERTS
         assert all(len(expected) <= EXPERTS for expected in core._expected)
         assert len(core._unproven) <= LAYERS * EXPERTS
-        assert len(core._cold) <= LAYERS * EXPERTS
+        assert all(len(cold) <= EXPERTS for cold in core._cold)
         tally = total(core)
         assert tally.useful >= 0
         assert tally.useful + tally.unproven <= tally.copied
@@ -542,6 +543,47 @@ def test_a_way_that_does_not_come_true_is_given_up_and_wins_trust_again() -> Non
     assert issued(False, 20) == 0
     assert issued(True, 200) > 100
     assert issued(True, 20) == 20
+
+
+def test_what_comes_to_nothing_is_asked_for_now_and_then_until_it_comes_true() -> None:
+    core, speculation, here = make_core([8, 8, 8]), Speculation(always=True), Place(0, Seam.ROUTED)
+
+    def asked(right: bool, passes: int) -> list[bool]:
+        """In which passes a prediction of layer 1 was made."""
+        found = []
+        for i in range(passes):
+            wanted = 10 + i % 40
+            speculation.routed(0, 1, float(i), 0.0, 0)
+            core.gate(0, [])
+            found.append(not speculation.leaves_out(here))
+            if found[-1]:
+                speculation.queue(core, here, 1, [Ranking(0, [ExpertKey(1, wanted)])], 1e9)
+            needs = core.gate(1, [wanted if right else 3])
+            for key in needs.missing:
+                core.ask(key, Part.WHOLE)
+            while drive(core) is not None:
+                pass
+            core.release([*needs.resident, *needs.missing])
+        return found
+
+    assert sum(asked(False, 60)) < 60
+    assert sum(asked(False, 10 * PROBE)) == 10, "a rare probe"
+    asked(True, 100 * PROBE)
+    assert all(asked(True, PROBE)), "trusted again"
+
+
+def test_static_keeps_what_is_popular_through_a_prompt() -> None:
+    """Without reordering others lose what comes later in the call; here what is missing passes through what is left."""
+    popularity = {ExpertKey(0, expert): float(expert) for expert in range(EXPERTS)}
+    popular = [ExpertKey(0, expert) for expert in range(EXPERTS - 4, EXPERTS)]
+    for pins in (True, False):
+        core = Core([SlotTable(range(4), make_policy("static", popularity))], cuts, reorder=False, pins=pins)
+        fill(core, 0, [key.expert for key in popular])
+        needs = core.gate(0, range(EXPERTS), recent=[])
+        kept = popular[:2] if pins else []
+        assert needs.resident == kept
+        assert needs.leaving == []
+        assert len(needs.streamed) == EXPERTS - len(needs.resident) - len(needs.missing)
 
 
 def test_bytes_copied_ahead_are_useful_where_they_are_needed() -> None:

@@ -309,9 +309,12 @@ class TestFaults:
 
         def sizes() -> list[int]:
             core.tallies()
-            own = (*core._expected, core._unproven, core._on_way, core._cold, core.queue._progress)
-            ways = (core.admission._everywhere, *core.admission._standings.values())
-            return [len(held) for held in (*own, *ways)]
+            return [
+                len(held) for held in (*core._expected, *core._cold, core._unproven, core._on_way, core.queue._progress)
+            ]
+
+        def ways() -> int:
+            return sum(map(len, core.admission._standings.values()))
 
         generator = torch.Generator().manual_seed(1)
 
@@ -321,10 +324,11 @@ class TestFaults:
 
         run(10)
         gc.collect()
-        objects = len(gc.get_objects())
+        objects, known = len(gc.get_objects()), ways()
         run(30)
         gc.collect()
-        assert max(sizes()[:5]) <= LAYERS * EXPERTS
+        assert max(sizes()) <= LAYERS * EXPERTS
+        assert ways() == known
         assert len(gc.get_objects()) < objects + 300
         assert all(core.queue.rank(transfer) != URGENT for transfer in core.queue)
 

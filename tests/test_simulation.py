@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -86,6 +87,30 @@ def make(of: ModelShape, bandwidth: float = 1e9, asking: float = 0.0, **options:
 
 def run(of: ModelShape, found: list[Routed], prompt: int = 1, bandwidth: float = 1e9, **options: Any) -> Outcome:
     return make(of, bandwidth, **options).run(passes(found, prompt=prompt))
+
+
+class Even:
+    """Costs of a machine that takes so long for a byte of an expert's weights, and no time for anything else."""
+
+    def __init__(self, of: ModelShape, seconds: float) -> None:
+        self._seconds = {part: of.expert_bytes(0, part) * seconds for part in (Part.UP, Part.DOWN)}
+        self.waves: list[int] = []
+
+    def layer(self, tokens: int, context: int) -> float:
+        return 0.0
+
+    def call(self, tokens: int) -> float:
+        return 0.0
+
+    def product(self, layer: int, part: Part, rows: Sequence[int]) -> float:
+        self.waves.append(len(rows))
+        return self._seconds[part] * len(rows)
+
+    def predict(self, tokens: int) -> float:
+        return 0.0
+
+    def head(self, tokens: int) -> float:
+        return 0.0
 
 
 sizes = st.tuples(st.integers(1, 4), st.integers(4, 12), st.integers(1, 4))
@@ -482,3 +507,20 @@ def test_the_command_refuses(options: list[str], code: int, message: str) -> Non
     result = call("olmoe-1b-7b", *options)
     assert result.exit_code == code
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 3.0])
+def test_a_prompt_streams_without_pauses(share: float) -> None:
+    """What passes through two slots keeps the link at work, whatever part of its time an expert takes to compute."""
+    of, bandwidth = shape(layers=1, experts=32), 1e9
+    prompt = Routed(ids=[np.arange(64, dtype=np.int16).reshape(32, 2) % 32])
+    costs, wire = Even(of, share / bandwidth), Wire(bandwidth=bandwidth, latency=0.0)
+    simulator = Simulator(of, costs, wire, Config(slots=16, chunk="64KiB", predictor="none"))
+    for _ in range(2):
+        simulator.reset()
+        costs.waves.clear()
+        outcome = simulator.run([*passes([prompt], prompt=31)][:1])
+    assert outcome.misses == 32 - 14
+    bound = max(32 * of.expert_bytes(0) * share / bandwidth, outcome.moving_seconds)
+    assert 0.999 * bound <= outcome.seconds <= 1.01 * bound
+    assert costs.waves.count(1) >= 2 * outcome.misses, "each half alone, so that the next can come meanwhile"
