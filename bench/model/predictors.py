@@ -25,7 +25,7 @@ from train import ROOT, Document, read_documents
 
 DEMO = Path("promoe_triton/demo")
 PIECE = 1700
-"""Bytes taken of each training document: about 512 tokens of the demo model."""
+"""Bytes taken of a document: about 512 tokens of the demo model."""
 OTHER = ("Tensor*.h", "Dispatch*.h", "Context.h", "Parallel*.h", "record_function.h")
 """Another domain: C++ of torch, whose installed headers are of the version that the constraints name."""
 
@@ -42,6 +42,12 @@ def training_texts(documents: Sequence[Document], docs: int, code: int) -> list[
     return pieces
 
 
+def stretches(text: str, count: int) -> list[str]:
+    """Return pieces from all over a text."""
+    step = len(text) // count
+    return [text[begin : begin + PIECE] for begin in range(0, count * step, step)]
+
+
 def command(*arguments: str | Path) -> None:
     """Run promoe-triton in the project's folder, so that what it records names no other."""
     print("promoe-triton", *arguments, flush=True)
@@ -55,7 +61,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("/usr/share/doc/python3.11/html/_sources"))
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
     parser.add_argument("--pieces", type=int, nargs=2, default=(320, 80), help="of documentation and of code")
-    parser.add_argument("--documents", type=int, default=24, help="of held-out text, and of the other domain")
+    parser.add_argument("--documents", type=int, default=24, help="pieces from all over each of the two texts")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "predictors", help="traces: some 4 GB")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "predictors")
     parser.add_argument("--ship", action="store_true", help="put the learned predictor into the package")
@@ -67,13 +73,13 @@ def main() -> None:
     other = [path for pattern in OTHER for path in sorted(headers.glob(pattern))]
     for name, texts in (
         ("trained", training_texts(read_documents(args.docs, args.stdlib), *args.pieces)),
-        ("held-out", [(ROOT / DEMO / "heldout.txt").read_text()]),
-        ("other", ["\n".join(path.read_text() for path in other)]),
+        ("held-out", stretches((ROOT / DEMO / "heldout.txt").read_text(), args.documents)),
+        ("other", stretches("\n".join(path.read_text() for path in other), args.documents)),
     ):
         files = [work / f"{name}-{number:03}.txt" for number in range(len(texts))]
         for file, text in zip(files, texts, strict=True):
             file.write_text(text)
-        more = ["--dtype", "float32"] if name == "trained" else ["--documents", f"{args.documents}"]
+        more = ["--dtype", "float32"] if name == "trained" else ["--length", "1024"]
         slots = ["--slots", "1.0", "--device", "cpu"]
         given = [part for file in files for part in ("--text", file)]
         command("trace", args.model, *given, "--out", work / name, *slots, *more)

@@ -13,10 +13,8 @@ import typer
 from promoe_triton.cli.generation import TRUST, load_routers
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, write_csv
 from promoe_triton.config import LEARNED
-from promoe_triton.evaluation.caches import BELADY
 from promoe_triton.evaluation.comparing import NONE, Question, compare, steps
 from promoe_triton.evaluation.measures import ALL, Row
-from promoe_triton.policies import POLICIES
 from promoe_triton.predictors.choice import make_predictor
 from promoe_triton.predictors.gates import read_gates
 from promoe_triton.predictors.learned import fingerprint
@@ -180,7 +178,7 @@ def _show(name: str, rows: Sequence[Row], question: Question) -> None:
         ["policy", *(f"{one:.1%}" for one in question.slots)],
         [
             [policy, *(value(metric="hit ratio", policy=policy, slots=one, layer=ALL) for one in question.slots)]
-            for policy in (*POLICIES, BELADY)
+            for policy in question.policies
         ],
         title=f"{name}: hit ratio by share of the experts in slots, nothing copied ahead",
     )

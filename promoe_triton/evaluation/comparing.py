@@ -20,7 +20,9 @@ from promoe_triton.protocols import Predictor
 from promoe_triton.simulation.routing import Routed, popularity_of
 from promoe_triton.traces import Document, Trace
 
-ORACLE, NONE = "oracle", "none"
+ORACLE, NONE, GATE = "oracle", "none", "gate"
+PREDICTED, BY_GATE = "predicted", "predicted, by the gate"
+"""The policy that goes by predictions: those of the predictor that is trusted, and those that every model has."""
 WARM = 0.25
 """The share of the documents that only fill caches and tables, and are not counted."""
 SIMULATED = 6
@@ -47,6 +49,11 @@ class Question:
     @property
     def every(self) -> list[str]:
         return [*self.predictors, ORACLE, NONE]
+
+    @property
+    def policies(self) -> list[str]:
+        """Return the policies that are compared."""
+        return [*POLICIES, *([BY_GATE] if self.trusted != GATE else []), BELADY]
 
     @property
     def width(self) -> int:
@@ -93,10 +100,12 @@ def compare(
         text.replayed[predictor] = _replayed(text, predictor)
         step(f"{name}: {predictor}")
     caches = {}
-    for policy in (*POLICIES, BELADY):
+    for policy in question.policies:
         for share in question.slots:
-            masks = caches[policy, share] = _resident(text, policy, share)
+            masks = _resident(text, policy, share)
             yield from hits(name, policy, share, text.counted(NONE), masks)
+            if policy != BY_GATE:
+                caches[policy, share] = masks
         step(f"{name}: caches by {policy}")
     for predictor in question.every:
         if predictor != NONE:
@@ -107,7 +116,7 @@ def compare(
 
 def steps(question: Question) -> int:
     """Return how many steps `compare` tells of."""
-    return 2 * len(question.every) + len(POLICIES) + 1
+    return 2 * len(question.every) + len(question.policies)
 
 
 def _replayed(text: _Text, predictor: str) -> list[Replayed]:
@@ -126,7 +135,8 @@ def _replayed(text: _Text, predictor: str) -> list[Replayed]:
 
 def _resident(text: _Text, policy: str, share: float) -> list[list[Mask]]:
     """Return by counted document and layer which experts are in slots."""
-    layers, told = text.question.layers, text.replayed[text.question.trusted]
+    layers, told = text.question.layers, text.replayed[GATE if policy == BY_GATE else text.question.trusted]
+    policy = PREDICTED if policy == BY_GATE else policy
     found: list[list[Mask]] = [[] for _ in told]
     for layer, (E, A) in enumerate(zip(layers.experts, layers.active, strict=True)):
         chosen = [document.chosen[layer] for document in told]
