@@ -1,9 +1,9 @@
 """What the decisions of a layer take at batch 1: gate, misses, chunks, release and speculation, nothing else.
 
 No bytes move and no predictor runs: events go in and plans come out, as from a link and a layer, by all that a model
-has by default (also what is kept to try whether predictions pay). 48 layers of 128 experts, half of them in slots, 8
-needed per token. Each layer is predicted twice, two layers and one layer ahead, all 8 of its experts; of 2.5 missing,
-2 are let ahead of need, and the others are asked for at the gate.
+has by default (also the caches that are reckoned to try whether predictions pay). 48 layers of 128 experts, half of
+them in slots, 8 needed per token. Each layer is predicted twice, two layers and one layer ahead, all 8 of its experts;
+of 2.5 missing, 2 are let ahead of need, and the others are asked for at the gate.
 """
 
 from __future__ import annotations

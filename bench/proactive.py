@@ -73,7 +73,7 @@ class Length:
 def profile() -> Path:
     """Write how popular the demo model's experts are in text that nothing here decodes: what pydoc says of modules."""
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL), promoe_triton.from_pretrained(str(MODEL), slots=1.0)
-    found = [pydoc.plaintext.document(importlib.import_module(name)) for name in DOCUMENTED]
+    found = [pydoc.plain(pydoc.render_doc(importlib.import_module(name))) for name in DOCUMENTED]
     ids = [tokenizer(text)["input_ids"][:PROFILED] for text in found]
     for text in ids:
         Decoder(model, [text]).step(len(text))
@@ -280,12 +280,13 @@ def prompt_case(tokens: int, share: float = 0.5) -> str:
 def two_of_them(
     subject: Subject, results: record.Results, case: str, length: Length, batch: int | None = None, **common: Any
 ) -> None:
-    """Measure lru and all with half of the experts in slots. batch: texts side by side; None: one."""
+    """Measure lru and all with half of the experts in slots. batch: texts side by side; None: one, and the limits."""
     if not results.has(case):
         results.begin()
         runs = compare(subject, ("lru", "all"), length, batch or 1, slots=subject.experts // 2, **common)
         unit = "ms/token" if batch is None else "ms/step"
-        results.write([*rows_of(case, runs, unit), speedup(case, runs, "all", "lru", 1.0)])
+        rows = [*rows_of(case, runs, unit), speedup(case, runs, "all", "lru", 1.0)]
+        results.write(rows + (limits(subject, case, runs, 0.5, length) if batch is None else []))
 
 
 def batch_case(batch: int) -> str:

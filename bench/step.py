@@ -1,7 +1,8 @@
 """One decode step as a picture: what computes, what is copied ahead, what is waited for.
 
 Decodes held-out text with the demo model inflated to experts of 9.4 MB, half of them in slots, and records a timeline.
-Kept is the step whose time is the median (`step.json`, a Chrome trace); the figure is drawn from that file alone.
+Kept is the step whose time is the median of those that drop a copy, where any does (`step.json`, a Chrome trace); the
+figure is drawn from that file alone.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def length(spans: Sequence[Span]) -> float:
 
 
 def draw(trace: Path) -> None:
-    """Draw the computing lane above, the copying lanes below."""
+    """Draw the computing lane above, the copying lanes below, and when copies were given up on a lane of their own."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,7 +71,11 @@ def draw(trace: Path) -> None:
     for layer, begin in first.items():
         axes.axvline(begin, color="black", lw=0.4, ls=":")
         axes.annotate(f"layer {layer}", (begin, len(lanes) - 0.45), fontsize=6.5)
-    axes.set_yticks([len(lanes) - 1 - tid for tid in lanes], list(lanes.values()), fontsize=8)
+    for event in events:
+        if event["ph"] == "i":
+            axes.plot(event["ts"] / 1e3, len(lanes) - 1 - event["tid"], "kx", ms=5)
+    names = ["given up" if name == "copy" else name for name in lanes.values()]
+    axes.set_yticks([len(lanes) - 1 - tid for tid in lanes], names, fontsize=8)
     axes.set_ylim(-0.6, len(lanes) - 0.1)
     axes.set_xlabel("ms", fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color, _ in colors.values()]
@@ -91,6 +96,7 @@ def main() -> None:
         with large_checkpoint(MODEL, args.scratch, nbytes, "a checkpoint with large experts") as folder:
             model = load(folder, {"slots": sizes(folder).experts // 2})
             steps = steps_of(model)
+        steps = [spans for spans in steps if any(span.kind == "dropped" for span in spans)] or steps
         typical = statistics.median_low([length(spans) for spans in steps])
         timeline = Timeline()
         timeline.spans.extend(next(spans for spans in steps if length(spans) == typical))

@@ -24,6 +24,7 @@ import promoe_triton
 from promoe_triton.cli.commands import app
 from promoe_triton.evaluation import goodpred
 from promoe_triton.evaluation.caches import BELADY, hit_ratio, resident
+from promoe_triton.evaluation.comparing import BY_GATE
 from promoe_triton.evaluation.measures import Row, accuracy, calibration, on_misses
 from promoe_triton.evaluation.replay import From, Replayed, recording, replay
 from promoe_triton.policies import POLICIES
@@ -302,7 +303,7 @@ class TestCommand:
             assert {row["predictor"] for row in mine} - {""} == {
                 *("random", "token", "history", "gate", "mine", "oracle", "none")
             }
-            assert {row["policy"] for row in mine if row["metric"] == "hit ratio"} == {*POLICIES, BELADY}
+            assert {row["policy"] for row in mine if row["metric"] == "hit ratio"} == {*POLICIES, BY_GATE, BELADY}
             values = {
                 (r["predictor"], r["metric"], r["source"], r["ahead"], r["layer"], r["k"]): r["value"] for r in mine
             }

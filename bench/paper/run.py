@@ -17,7 +17,7 @@ from typing import Any
 from draw import draw, table
 from stage import PAPER_MODELS, Fitted, choice_of, published, record, run, scene
 
-from promoe_triton.simulation.sweep import memory_needed
+from promoe_triton.simulation.sweep import Scene, memory_needed
 
 DEVELOPMENT = {
     "lru": {"ablation": "lru"},
@@ -69,31 +69,17 @@ def one(case: str, variant: str, metric: str, unit: str, value: float, note: str
 
 
 def speedups(fitted: Fitted, length: Length, results: record.Results) -> None:
-    """Everything on, over static, LRU and whole layers, for the paper's models at those cache sizes that fit."""
+    """Everything on, over static, LRU and whole layers, for the paper's models at those cache sizes that fit.
+
+    A model that does not fit at 16 bits per weight at all is taken at 4, and not counted in the means.
+    """
     over: dict[tuple[str, str], list[float]] = {}
     for model in length.models:
         of = scene(model, fitted, length.texts, PROMPT + length.tokens)
-        for share in SHARES:
-            case = f"{model}, {share:.1%}"
-            needed = memory_needed(of, choice_of(slots=share))
-            room = of.hardware.memory_bytes
-            note = "" if needed <= room else f"left out: more than the {room / 1e9:.0f} GB there are"
-            results.write([one(case, "slots and all other weights", "memory", "GB", needed / 1e9, note)])
-            if note:
-                continue
-            found = {
-                name: run(of, slots=share, ablation=name, prompt=PROMPT) for name in ("static", "layer", "lru", "all")
-            }
-            rows = []
-            for name, outcome in found.items():
-                rows.append(one(case, name, "prefill", "ms", outcome.ttft_seconds * 1e3))
-                rows.append(one(case, name, "decode", "ms/token", outcome.tpot_seconds * 1e3))
-                rows.append(one(case, name, "hits", "share", outcome.hit_ratio))
-                if name != "all":
-                    for stage, field in (("prefill", "ttft_seconds"), ("decode", "tpot_seconds")):
-                        ratio = getattr(outcome, field) / getattr(found["all"], field)
-                        over.setdefault((stage, name), []).append(ratio)
-            results.write(rows)
+        fits = [one_speedup(of, f"{model}, {share:.1%}", {"slots": share}, results, over) for share in SHARES]
+        if not any(fits):
+            for share in SHARES:
+                one_speedup(of, f"{model} at 4 bits, {share:.1%}", {"slots": share, "bits": 4.0}, results, {})
     theirs = published()["speedup"]
     results.write(
         [
@@ -108,6 +94,28 @@ def speedups(fitted: Fitted, length: Length, results: record.Results) -> None:
             for (stage, name), ratios in over.items()
         ]
     )
+
+
+def one_speedup(
+    of: Scene, case: str, choice: dict[str, Any], results: record.Results, over: dict[tuple[str, str], list[float]]
+) -> bool:
+    """Write what one model gains with some experts in slots, and add it to `over`; whether it fits."""
+    needed, room = memory_needed(of, choice_of(**choice)), of.hardware.memory_bytes
+    note = "" if needed <= room else f"left out: more than the {room / 1e9:.0f} GB there are"
+    results.write([one(case, "slots and all other weights", "memory", "GB", needed / 1e9, note)])
+    if note:
+        return False
+    found = {name: run(of, ablation=name, prompt=PROMPT, **choice) for name in ("static", "layer", "lru", "all")}
+    rows = []
+    for name, outcome in found.items():
+        rows.append(one(case, name, "prefill", "ms", outcome.ttft_seconds * 1e3))
+        rows.append(one(case, name, "decode", "ms/token", outcome.tpot_seconds * 1e3))
+        rows.append(one(case, name, "hits", "share", outcome.hit_ratio))
+        if name != "all":
+            for stage, field in (("prefill", "ttft_seconds"), ("decode", "tpot_seconds")):
+                over.setdefault((stage, name), []).append(getattr(outcome, field) / getattr(found["all"], field))
+    results.write(rows)
+    return True
 
 
 def ablation(fitted: Fitted, length: Length, results: record.Results) -> None:
