@@ -191,6 +191,24 @@ class TestFile:
                 FAMILIES["mixtral"].build(), slots=4, store="spool", predictor=tmp_path / "p.safetensors"
             )
 
+    @pytest.mark.parametrize("damage", ["missing", "unknown", "sizes", "dimensions"])
+    def test_a_damaged_one(self, damage: str, tmp_path: Path) -> None:
+        file, gates = tmp_path / "p.safetensors", gates_of(build())
+        save_heads(file, drawn(gates), gates, {})
+        with safe_open(file, framework="pt") as opened:
+            about, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        name = next(name for name in tensors if name.endswith(".in"))
+        weights = tensors.pop(name)
+        if damage == "unknown":
+            tensors[f"{name}.more"] = weights
+        elif damage == "sizes":
+            tensors[name] = weights[:, :-1].contiguous()
+        elif damage == "dimensions":
+            tensors[name] = weights.flatten()
+        save_file(tensors, file, metadata=about)
+        with pytest.raises(PromoeError, match="is damaged"):
+            load_heads(file, gates)
+
     @pytest.mark.parametrize("content", ["truncated", "tensors"])
     def test_no_predictor(self, content: str, tmp_path: Path) -> None:
         file, gates = tmp_path / "p.safetensors", gates_of(build())

@@ -50,6 +50,15 @@ class Head:
         """Return H, of how many layers it speaks; those beyond are asked by their gates alone."""
         return int(self.out_RHG.shape[1])
 
+    @property
+    def fits(self) -> bool:
+        """Whether all parts have the number of dimensions and the sizes that they share."""
+        if [part.dim() for part in self.tensors().values()] != [2, 1, 3, 2][: len(self.tensors())]:
+            return False
+        R = len(self.in_R)
+        goes_with = self.out_HG is None or self.out_HG.shape == self.out_RHG.shape[1:]
+        return self.in_DR.shape[1] == R == len(self.out_RHG) and goes_with
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what it consists of, by field."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -97,7 +106,14 @@ def load_heads(path: Path, gates: Gates) -> dict[Source, Head]:
     if about.get("gates") != fingerprint(gates):
         raise PromoeError(f"{path} was trained for another model, whose routers have other weights or sizes")
     parts: dict[Source, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        layer, seam, name = full.split(".")
-        parts.setdefault((int(layer), Seam[seam]), {})[_NAMES[name]] = tensor
-    return {source: Head(**found) for source, found in parts.items()}
+    try:
+        for full, tensor in tensors.items():
+            layer, seam, name = full.split(".")
+            parts.setdefault((int(layer), Seam[seam]), {})[_NAMES[name]] = tensor
+        heads = {source: Head(**found) for source, found in parts.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PromoeError(f"{path} is damaged: a tensor is missing, or one has an unknown name ({error})") from error
+    for source, head in heads.items():
+        if not head.fits:
+            raise PromoeError(f"{path} is damaged: the tensors for layer {source[0]} do not fit each other")
+    return heads
