@@ -86,6 +86,7 @@ def main() -> None:
     made = []
     for kind, options in (
         ("learned", ["--width", "256", "--epochs", "6"]),
+        ("learned-512", ["--width", "512", "--epochs", "12"]),
         ("network", ["--network", "--width", "256", "--epochs", "6"]),
         ("network-512", ["--network", "--width", "512", "--epochs", "12"]),
     ):
