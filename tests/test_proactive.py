@@ -485,7 +485,7 @@ class TestWhereAllIsResident:
 
 @torch.no_grad()
 def test_a_prompt_leaves_in_slots_what_decoding_needs() -> None:
-    """On real text: the 32 tokens after a prompt of 512 find what the 32 before it found, but for two in a thousand."""
+    """On real text: the 32 tokens after a prompt of 512 find what the 32 before it found."""
     ids = AutoTokenizer.from_pretrained(MODEL)((MODEL.parent / "heldout.txt").read_text())["input_ids"]
 
     def hit_ratio(model: Any, tokens: Sequence[int], cache: Any) -> tuple[float, Any]:
@@ -508,4 +508,4 @@ def test_a_prompt_leaves_in_slots_what_decoding_needs() -> None:
             cache = model(torch.tensor([text[80:592]]), past_key_values=cache, use_cache=True).past_key_values
             after, _ = hit_ratio(model, text[592:], cache)
             found.append((before, after))
-    assert mean(after for _, after in found) >= mean(before for before, _ in found) - 0.002 > 0.8
+    assert mean(after for _, after in found) >= mean(before for before, _ in found) > 0.8

@@ -115,7 +115,7 @@ class Even:
 
 sizes = st.tuples(st.integers(1, 4), st.integers(4, 12), st.integers(1, 4))
 steps = st.sampled_from(sorted(ABLATION))
-laws = settings(max_examples=10, deadline=None, derandomize=True)
+laws = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 @laws
@@ -188,7 +188,7 @@ def test_more_bandwidth_is_never_slower(
     assert all(after <= 1.02 * before for before, after in pairwise(taken)), taken
 
 
-@pytest.mark.parametrize(("asking", "tokens"), [(0.0, 60), (1.0, 240)], ids=["for nothing", "at its price"])
+@pytest.mark.parametrize(("asking", "tokens"), [(0.0, 60), (1.0, 480)], ids=["for nothing", "at its price"])
 @settings(laws)
 @given(
     size=larger,
