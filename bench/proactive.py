@@ -7,9 +7,11 @@ variant is a step of the ablation, or all techniques with another predictor.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import pydoc
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,8 +79,9 @@ def profile() -> Path:
     ids = [tokenizer(text)["input_ids"][:PROFILED] for text in found]
     for text in ids:
         Decoder(model, [text]).step(len(text))
-    path = Path(tempfile.mkdtemp(prefix="promoe-profile-")) / "profile.json"
-    promoe_triton.save_profile(model, path)
+    folder = tempfile.mkdtemp(prefix="promoe-profile-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    promoe_triton.save_profile(model, path := Path(folder) / "profile.json")
     return path
 
 

@@ -74,7 +74,8 @@ def draw(trace: Path) -> None:
     for event in events:
         if event["ph"] == "i":
             axes.plot(event["ts"] / 1e3, len(lanes) - 1 - event["tid"], "kx", ms=5)
-    names = ["given up" if name == "copy" else name for name in lanes.values()]
+    copied = {event["tid"] for event in spans}
+    names = [name if tid in copied else "given up" for tid, name in lanes.items()]
     axes.set_yticks([len(lanes) - 1 - tid for tid in lanes], names, fontsize=8)
     axes.set_ylim(-0.6, len(lanes) - 0.1)
     axes.set_xlabel("ms", fontsize=8)

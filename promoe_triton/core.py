@@ -82,9 +82,9 @@ class Core:
     tables: the slot table of each layer; layers may share one. cuts: how a transfer may be cut into chunks.
     overtake: what is more urgent passes a copy that has begun, between two chunks (paper: chunked prefetching).
     preempt: drop what a layer was expected to need, and does not, when its gate is done (early preemption).
-    reorder: ready experts come first, and stay; else experts are taken in the order they are given, and each that is
-        missing pushes out the one that was used least recently: maybe one that comes after it, and where there are
-        more than there are slots, the first of the call, so that the next such call finds none of its own.
+    reorder: ready experts come first, and stay; else experts are taken in the order they are given, and (unless `pins`)
+        each that is missing pushes out the one that was used least recently: maybe one that comes after it, and where
+        there are more than there are slots, the first of the call, so that the next such call finds none of its own.
     ghosts: count in `absent` what LRU caches of as many slots would miss, which nothing copied ahead can change (for
         `Trial`).
     """
@@ -173,7 +173,8 @@ class Core:
             buffers = min(STREAM_BUFFERS, max(len(table) - begun, 1))
             while kept < min(begun + buffers, len(table)):
                 # Resident experts fill every slot: some of them must pass through as well.
-                key = resident.pop()
+                key = table.least(resident)
+                resident.remove(key)
                 table.drop(key)
                 missing.append(key)
                 kept += 1

@@ -6,7 +6,7 @@ test drive one and the same code.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence, Set
+from collections.abc import Collection, Container, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from promoe_triton.protocols import ExpertKey, Policy
@@ -21,6 +21,16 @@ class _Either:
 
     def __contains__(self, key: object) -> bool:
         return key in self.one or key in self.other
+
+
+@dataclass(frozen=True, slots=True)
+class _AllBut:
+    """What is in none of these."""
+
+    keys: Container[ExpertKey]
+
+    def __contains__(self, key: object) -> bool:
+        return key not in self.keys
 
 
 class SlotTable:
@@ -104,6 +114,12 @@ class SlotTable:
         self._leases[key] = 1
         self._policy.admitted(key, cold)
         return slot
+
+    def least(self, keys: Collection[ExpertKey]) -> ExpertKey:
+        """Return which of these ready experts would be the first to leave if they were all there is, leases aside."""
+        victim = self._policy.victim(_AllBut({*keys}))
+        assert victim is not None
+        return victim
 
     def make_room(self, slots: int) -> None:
         """Evict experts until so many slots are free, or all that are left are leased."""

@@ -128,7 +128,7 @@ class Waves:
         """Yield experts whose down projection can be computed, until all are."""
         kept, streamed = [*self._needs.resident, *self._needs.missing], self._streamed(self._needs, Part.DOWN)
         self._asked = self._second_halves
-        if self._preempt and not self._layer.has(Part.UP):
+        if self._preempt and streamed and not self._layer.has(Part.UP):
             self._link.tell(lambda: self._ask_all(streamed, Part.DOWN))
         if self._as_they_come:
             yield from self._by_arrival(kept, streaming=bool(streamed))

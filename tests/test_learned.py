@@ -191,7 +191,7 @@ class TestFile:
                 FAMILIES["mixtral"].build(), slots=4, store="spool", predictor=tmp_path / "p.safetensors"
             )
 
-    @pytest.mark.parametrize("damage", ["missing", "unknown", "sizes", "dimensions"])
+    @pytest.mark.parametrize("damage", ["missing", "unknown", "sizes", "dimensions", "model dim", "layer"])
     def test_a_damaged_one(self, damage: str, tmp_path: Path) -> None:
         file, gates = tmp_path / "p.safetensors", gates_of(build())
         save_heads(file, drawn(gates), gates, {})
@@ -205,6 +205,10 @@ class TestFile:
             tensors[name] = weights[:, :-1].contiguous()
         elif damage == "dimensions":
             tensors[name] = weights.flatten()
+        elif damage == "model dim":
+            tensors[name] = weights[:-1].contiguous()
+        elif damage == "layer":
+            tensors = {f"99.{n.split('.', 1)[1]}": t for n, t in {**tensors, name: weights}.items() if n[0] == name[0]}
         save_file(tensors, file, metadata=about)
         with pytest.raises(PromoeError, match="is damaged"):
             load_heads(file, gates)

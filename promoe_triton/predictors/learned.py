@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from promoe_triton.errors import PromoeError
-from promoe_triton.predictors.gates import Gates
+from promoe_triton.predictors.gates import Gate, Gates
 from promoe_triton.protocols import Seam
 
 FORMAT = "promoe predictor 3"
@@ -50,14 +50,14 @@ class Head:
         """Return H, of how many layers it speaks; those beyond are asked by their gates alone."""
         return int(self.out_RHG.shape[1])
 
-    @property
-    def fits(self) -> bool:
-        """Whether all parts have the number of dimensions and the sizes that they share."""
+    def fits(self, gates: Gates) -> bool:
+        """Whether all parts have the number of dimensions and the sizes they share with each other and the gates."""
         if [part.dim() for part in self.tensors().values()] != [2, 1, 3, 2][: len(self.tensors())]:
             return False
-        R = len(self.in_R)
+        sizes = {tuple(gate.weight_GD.shape) for gate in gates.layers if isinstance(gate, Gate)}
+        (D, R), G = self.in_DR.shape, self.out_RHG.shape[2]
         goes_with = self.out_HG is None or self.out_HG.shape == self.out_RHG.shape[1:]
-        return self.in_DR.shape[1] == R == len(self.out_RHG) and goes_with
+        return R == len(self.in_R) == len(self.out_RHG) and (G, D) in sizes and goes_with
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what it consists of, by field."""
@@ -113,7 +113,7 @@ def load_heads(path: Path, gates: Gates) -> dict[Source, Head]:
         heads = {source: Head(**found) for source, found in parts.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise PromoeError(f"{path} is damaged: a tensor is missing, or one has an unknown name ({error})") from error
-    for source, head in heads.items():
-        if not head.fits:
-            raise PromoeError(f"{path} is damaged: the tensors for layer {source[0]} do not fit each other")
+    for (layer, _), head in heads.items():
+        if not (0 <= layer < len(gates.layers) and head.fits(gates)):
+            raise PromoeError(f"{path} is damaged: its tensors for layer {layer} fit neither each other nor the model")
     return heads
