@@ -85,6 +85,8 @@ class Core:
     reorder: ready experts come first, and stay; else experts are taken in the order they are given, and (unless `pins`)
         each that is missing pushes out the one that was used least recently: maybe one that comes after it, and where
         there are more than there are slots, the first of the call, so that the next such call finds none of its own.
+    pins: what is in slots when a call begins stays until its end, also without reordering: the policy says for good who
+        belongs there, and what is missing passes through what is left.
     ghosts: count in `absent` what LRU caches of as many slots would miss, which nothing copied ahead can change (for
         `Trial`).
     """

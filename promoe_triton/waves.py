@@ -190,10 +190,10 @@ class Waves:
         for transfer in arrived:
             if transfer.part != Part.WHOLE:
                 yield from self._pass_through(transfer)
-        kept = [transfer.key for transfer in arrived if transfer.part == Part.WHOLE]
-        self._layer.place(kept)
-        if wave := self._wave(kept):
-            yield wave
+        if kept := [transfer.key for transfer in arrived if transfer.part == Part.WHOLE]:
+            self._layer.place(kept)
+            if wave := self._wave(kept):
+                yield wave
 
     def _pass_through(self, transfer: Transfer) -> Iterator[list[int]]:
         key = transfer.key

@@ -13,7 +13,7 @@ import typer
 from promoe_triton.cli.generation import TRUST, load_routers
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, write_csv
 from promoe_triton.config import LEARNED
-from promoe_triton.evaluation.comparing import NONE, Question, compare, steps
+from promoe_triton.evaluation.comparing import GATE, NONE, Question, compare, steps
 from promoe_triton.evaluation.measures import ALL, Row
 from promoe_triton.predictors.choice import make_predictor
 from promoe_triton.predictors.gates import read_gates
@@ -98,7 +98,7 @@ def _question(
     return Question(
         layers=layers,
         predictors={name: partial(make, what) for name, what in names.items()},
-        trusted=next(iter(files), "gate"),
+        trusted=next(iter(files), GATE),
         slots=slots,
         distance=distance,
         link=link,
