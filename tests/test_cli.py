@@ -148,12 +148,13 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(model: Path) -
 
 def test_generate_writes_a_timeline(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
-    options = ("generate", model, "--prompt", PROMPT, "--slots", "0.5", "--max-new-tokens", "9")
+    options = ("generate", model, "--prompt", PROMPT, "--slots", "0.5", "--max-new-tokens", "24")
     answer = call_json(*options, "--timeline", file, "--predictor", "gate", "--bandwidth", "10MB/s")
     assert answer["ids"] == call_json(*options)["ids"]
     lanes = {e["args"]["name"] for e in json.loads(file.read_text())["traceEvents"] if e["name"] == "thread_name"}
     assert {"compute", "copy 0"} <= lanes
-    assert answer["stats"]["ahead"]["on_time"] > 0
+    ahead = answer["stats"]["ahead"]
+    assert ahead["on_time"] + ahead["late"] > 0  # which of the two it is depends on how busy the machine is
     assert len(answer["stats"]["copied_ahead"]) == LAYERS
 
 
