@@ -155,20 +155,23 @@ def ablation(
     share: float,
     length: Length,
     targets: Mapping[float, float],
+    steps: Sequence[str] = STEPS,
     **common: Any,
 ) -> None:
-    """Measure every step. targets: what speed of all over lru is wanted at which share of experts in slots."""
+    """Measure these steps, beside lru. targets: the wanted speed of all over lru, by the share of experts in slots."""
     case = ablation_case(share)
     if results.has(case):
         return
     results.begin()
     slots = round(subject.experts * share)
-    runs = compare(subject, STEPS, length, slots=slots, profile=profile(), **common)
-    rows = rows_of(case, runs)
-    for variant in STEPS[1:]:
-        rows.append(speedup(case, runs, variant, "lru", targets.get(share) if variant == "all" else None))
-    rows.append(speedup(case, runs, "all", NO_PREDICTION))
-    results.write(rows + limits(subject, case, runs, share, length))
+    runs = compare(subject, tuple(dict.fromkeys(("lru", *steps))), length, slots=slots, profile=profile(), **common)
+    rows = rows_of(case, {step: runs[step] for step in steps})
+    for step in steps:
+        if step != "lru":
+            rows.append(speedup(case, runs, step, "lru", targets.get(share) if step == "all" else None))
+    if {"all", NO_PREDICTION} <= {*steps}:
+        rows += [speedup(case, runs, "all", NO_PREDICTION), *limits(subject, case, runs, share, length)]
+    results.write(rows)
 
 
 def ablation_case(share: float) -> str:
@@ -361,8 +364,9 @@ def expert_sizes(results: record.Results, scratch: Path | None, quick: bool) -> 
             two_of_them(OnDisk(folder), results, case, length)
 
 
-def everything(subject: Subject, results: record.Results, quick: bool) -> None:
-    """Measure what there is to measure with experts of one size, the most important first."""
+def everything(subject: Subject, results: record.Results, quick: bool, steps: Sequence[str] = STEPS) -> None:
+    """Measure what there is to measure with experts of one size, the most important first. steps: of the ablations."""
+    targets = dict.fromkeys(SHARES, 1.0) | {0.5: 1.25, 0.75: 1.25}
 
     def length(warm_up: int, tokens: int, repeats: int) -> Length:
         return (
@@ -370,7 +374,7 @@ def everything(subject: Subject, results: record.Results, quick: bool) -> None:
         )
 
     for share in SHARES[:1] if quick else SHARES:
-        ablation(subject, results, share, length(32, 128, 3), dict.fromkeys(SHARES, 1.0) | {0.5: 1.25, 0.75: 1.25})
+        ablation(subject, results, share, length(32, 128, 3), targets, steps)
     for tokens in (16,) if quick else (128, 512, 2048):
         prompt_after_another(subject, results, tokens, 2 if quick else 3)
     for share in (0.5,) if quick else (0.25, 0.5, 0.75):
@@ -388,12 +392,13 @@ def everything(subject: Subject, results: record.Results, quick: bool) -> None:
 def main() -> None:
     parser = record.arguments(__doc__ or "")
     parser.add_argument("--scratch", type=Path, help="folder for 10 GB of checkpoints (default: a temporary one)")
+    parser.add_argument("--step", action="append", choices=STEPS, help="of the ablations only this one, beside lru")
     args = parser.parse_args()
     record.confine()
     results = record.results(args, "proactive")
     nbytes = 1_100_000 if args.quick else EXPERT_BYTES
     with large_checkpoint(MODEL, args.scratch, nbytes, "a checkpoint with large experts") as folder:
-        everything(OnDisk(folder), results, args.quick)
+        everything(OnDisk(folder), results, args.quick, args.step or STEPS)
     expert_sizes(results, args.scratch, args.quick)
 
 
