@@ -98,6 +98,9 @@ def check_trace(trace: Trace, gates: Gates) -> None:
     if len(shapes) != len(ours) or any(one not in (None, shape) for one, shape in zip(ours, shapes, strict=True)):
         raise PromoeError(f"the trace in {trace.folder} is of another model: {trace.about.get('model')}")
     trace.check_states()
+    if not any(isinstance(gate, Gate) for gate in gates.layers):
+        whys = "; ".join(sorted({*gates.refused.values()})) or "its layers route by token"
+        raise PromoeError(f"there is no gate of this model to learn a correction to: {whys}")
     if trace.documents < 2:
         raise PromoeError(f"the trace in {trace.folder} has a single document, and some must be held out")
 
@@ -105,7 +108,11 @@ def check_trace(trace: Trace, gates: Gates) -> None:
 def train(
     trace: Trace, gates: Gates, recipe: Recipe, step: Callable[[str], None] = lambda what: None
 ) -> tuple[dict[Source, Head], list[Score]]:
-    """Return what was learned for all sources, and how good it is. step: is told after each of the `sources`."""
+    """Return what was learned for all sources, and how good it is. step: is told after each of the `sources`.
+
+    Raises PromoeError where a trace does not fit the model, or nothing can be learned from it. Scores are of the
+    documents that also said when to end: `evaluate` on others tells more.
+    """
     check_trace(trace, gates)
     heads: dict[Source, Head] = {}
     scores = []
@@ -120,6 +127,10 @@ def train(
         found = _scores(tests, gates, source, targets, heads[source])
         scores += found
         step(f"layer {source[0]}, {source[1].name.lower()}: {found[0].gate:.1%} to {found[0].learned:.1%}")
+    if not heads:
+        raise PromoeError(
+            f"there is nothing to learn from the trace in {trace.folder}: no layer predicts another's gate"
+        )
     return heads, scores
 
 

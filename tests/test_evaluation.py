@@ -328,6 +328,21 @@ class TestCommand:
         assert done.exit_code == 2
         assert says in " ".join(done.output.split())
 
+    @pytest.mark.parametrize(("lengths", "told"), [((48, 10, 48, 32, 33), True), ((48, 10, 32, 33), False)])
+    def test_documents_of_all_lengths(self, there: Path, tmp_path: Path, lengths: tuple[int, ...], told: bool) -> None:
+        """Those too short to be decoded after a prompt count for all else."""
+        generator = torch.Generator().manual_seed(7)
+        trace_of(build(), tmp_path / "t", *(torch.randint(60, (n,), generator=generator).tolist() for n in lengths))
+        out = tmp_path / "x.csv"
+        given = ["--model", str(there / "model"), "--slots", "0.5", "--distance", "1", "--out", str(out)]
+        done = self.invoke(str(tmp_path / "t"), *given)
+        assert done.exit_code == 0, done.output
+        assert ("No GOODPRED" in done.output) is not told
+        with out.open(newline="") as file:
+            metrics = {row["metric"] for row in csv.DictReader(file)}
+        assert ("GOODPRED" in metrics) is told
+        assert {"accuracy", "hit ratio", "recall on misses"} <= metrics
+
     def test_a_trace_of_another_model(self, there: Path, tmp_path: Path) -> None:
         torch.manual_seed(0)
         FAMILIES["mixtral"].build().save_pretrained(tmp_path / "model")

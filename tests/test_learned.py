@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.evaluation.measures import accuracy
 from promoe_triton.evaluation.replay import replay
 from promoe_triton.predictors import GatePredictor, Gates, Reach, find_layers, read_gates
-from promoe_triton.predictors.learned import Head, Source, load_heads, save_heads
+from promoe_triton.predictors.learned import Head, Source, fingerprint, load_heads, save_heads
 from promoe_triton.protocols import Observation, Prediction, Seam
 from promoe_triton.traces import Trace, TraceWriter, read_trace
 from promoe_triton.tracing import Tracer, experts_of
@@ -191,7 +192,7 @@ class TestFile:
                 FAMILIES["mixtral"].build(), slots=4, store="spool", predictor=tmp_path / "p.safetensors"
             )
 
-    @pytest.mark.parametrize("damage", ["missing", "unknown", "sizes", "dimensions", "model dim", "layer"])
+    @pytest.mark.parametrize("damage", ["missing", "unknown", "sizes", "dimensions", "model dim", "layer", "empty"])
     def test_a_damaged_one(self, damage: str, tmp_path: Path) -> None:
         file, gates = tmp_path / "p.safetensors", gates_of(build())
         save_heads(file, drawn(gates), gates, {})
@@ -207,6 +208,8 @@ class TestFile:
             tensors[name] = weights.flatten()
         elif damage == "model dim":
             tensors[name] = weights[:-1].contiguous()
+        elif damage == "empty":
+            tensors = {}
         elif damage == "layer":
             tensors = {f"99.{n.split('.', 1)[1]}": t for n, t in {**tensors, name: weights}.items() if n[0] == name[0]}
         save_file(tensors, file, metadata=about)
@@ -377,6 +380,16 @@ class TestTraining:
         model = build()
         with pytest.raises(PromoeError, match="has no hidden states"):
             train(record(model, tmp_path, states=False), gates_of(model), Recipe())
+
+    def test_nothing_to_learn(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        gates, trace = gates_of(build()), record(build(), tmp_path)
+        refused = replace(gates, layers=(None,) * len(gates.layers), refused={"a": "Router is strange"})
+        of_it = replace(trace, about={**trace.about, "gates": fingerprint(refused)})
+        with pytest.raises(PromoeError, match="no gate of this model to learn a correction to: Router is strange"):
+            train(of_it, refused, Recipe())
+        monkeypatch.setattr("promoe_triton.training.sources", lambda gates, distance: {})
+        with pytest.raises(PromoeError, match="nothing to learn from the trace"):
+            train(trace, gates, Recipe())
 
     def test_a_single_document(self, tmp_path: Path) -> None:
         model = build()

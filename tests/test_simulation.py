@@ -96,7 +96,7 @@ class Even:
         self._seconds = {part: of.expert_bytes(0, part) * seconds for part in (Part.UP, Part.DOWN)}
         self.waves: list[int] = []
 
-    def layer(self, tokens: int, context: int) -> float:
+    def layer(self, tokens: int, context: int, texts: int) -> float:
         return 0.0
 
     def call(self, tokens: int) -> float:
@@ -297,6 +297,18 @@ def test_fewer_bits_are_fewer_bytes_and_a_text_side_by_side_is_a_row_more() -> N
         (False, 2, 4),
     ]
     assert sum(two[1].rows(0).values()) == 4
+    assert [one.texts for one in two] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("tokens", "context"), [(1, 500), (64, 0), (16, 300)])
+def test_a_text_side_by_side_has_attention_and_a_cache_of_its_own(tokens: int, context: int) -> None:
+    """With nothing but those: the same again for every text, be it in bytes or in operations."""
+    for limit in ("memory_bandwidth", "matmul_flops"):
+        machine = replace(MACHINE, launch_seconds=1e-30, **{limit: 1.0})
+        costs = Roofline(machine, LOOP, replace(shape(), dense_weights=0))
+        one, three = costs.layer(tokens, context, 1), costs.layer(3 * tokens, context, 3)
+        assert one > 1.0
+        assert three == pytest.approx(3 * one)
 
 
 def test_a_curve_is_straight_between_its_points_and_goes_on_beyond() -> None:
@@ -384,8 +396,29 @@ def test_a_trace_is_simulated_as_it_was_recorded(tmp_path: Path) -> None:
     assert [len(text) for text in found] == [20, 20]
     first = next(iter(trace.read()))
     assert found[0].ids[1].tolist() == first.expert_ids_TA(1).tolist() == found[0].named[0][1].tolist()
-    wrong = traced_texts(trace, of, Statistics(accuracy=(0.5,)), 20)[0]
-    assert 0.4 < np.mean(np.array(wrong.named[0]) == np.array(wrong.ids)) < 0.75
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_wrong_guesses_for_a_trace_are_experts_that_were_not_chosen(share: float, tmp_path: Path) -> None:
+    of = shape(experts=5, active=2)
+    trace = read_trace(write_trace(tmp_path, of, tokens=600))
+    found = traced_texts(trace, of, Statistics(accuracy=(share,)), 600)
+    right = []
+    for text in found:
+        for ids_TA, named_TA in zip(text.ids, text.named[0], strict=True):
+            for chosen, named in zip(ids_TA.tolist(), named_TA.tolist(), strict=True):
+                assert len({*named}) == 2
+                assert all(0 <= expert < 5 for expert in named)
+                right.append(len({*named} & {*chosen}) / 2)
+    assert np.mean(right) == pytest.approx(share, abs=0.02)
+
+
+def test_where_all_are_chosen_a_wrong_guess_names_nobody(tmp_path: Path) -> None:
+    of = shape(experts=2, active=2)
+    found = traced_texts(read_trace(write_trace(tmp_path, of)), of, Statistics(accuracy=(0.5,)), 20)
+    named = np.array([text.named[0] for text in found])
+    assert 0.3 < np.mean(named == -1) < 0.7
+    assert all((one == -1).all() or {*one.tolist()} <= {-1, 0, 1} for one in named.reshape(-1, 2))
 
 
 @pytest.mark.parametrize(
@@ -499,6 +532,9 @@ def test_the_command(tmp_path: Path) -> None:
         pytest.param(["--slots", "0"], 2, "slots as a count must be at least 1, got 0", id="zero slots"),
         pytest.param(["--slots", "0.5,0"], 2, "slots as a count must be at least 1, got 0", id="zero slots in a sweep"),
         pytest.param(["--batch", "x"], 2, "--batch takes whole numbers", id="no number"),
+        pytest.param(["--bits", "x"], 2, "--bits takes numbers, got 'x'", id="no bits"),
+        pytest.param(["--accuracy", "0.8,half"], 2, "--accuracy takes numbers, got '0.8,half'", id="no accuracy"),
+        pytest.param(["--distance", "4"], 2, "stated up to 3 layers ahead (--accuracy), and distance=4", id="too far"),
         pytest.param(["--hardware", "abacus"], 1, "no hardware 'abacus'", id="no hardware"),
         pytest.param(["--ablation", "most"], 2, "ablation must be one of", id="no step"),
     ],

@@ -13,6 +13,7 @@ import typer
 from promoe_triton.cli.generation import TRUST, load_routers
 from promoe_triton.cli.output import print_json, print_note, print_table, steps_progress, write_csv
 from promoe_triton.config import LEARNED
+from promoe_triton.evaluation import goodpred
 from promoe_triton.evaluation.comparing import GATE, NONE, Question, compare, steps
 from promoe_triton.evaluation.measures import ALL, Row
 from promoe_triton.predictors.choice import make_predictor
@@ -182,8 +183,14 @@ def _show(name: str, rows: Sequence[Row], question: Question) -> None:
         ],
         title=f"{name}: hit ratio by share of the experts in slots, nothing copied ahead",
     )
+    told = any(row.metric == "GOODPRED" for row in rows)
     print_note(
         "entered: before attention; routed: from a router's input; left: of the next token. The number: layers ahead. "
-        f"GOODPRED: at one distance alone, half of the experts in slots, the link "
-        f"brings {question.link:g} experts while a layer computes."
+        + (
+            f"GOODPRED: at one distance alone, half of the experts in slots, the link "
+            f"brings {question.link:g} experts while a layer computes."
+            if told
+            else f"No GOODPRED: that takes two documents of more than {goodpred.PROMPT} tokens, beside those that fill "
+            "the tables; record longer ones (promoe-triton trace --length)."
+        )
     )

@@ -84,7 +84,7 @@ def simulate_command(
             slots=[_slots(one) for one in _cells(slots)],
             batch=_numbers("batch", batch),
             prompt=_numbers("prompt", prompt),
-            bits=[float(one) for one in _cells(bits)],
+            bits=_floats("bits", bits),
             predictor=_cells(predictor),
             chunking=_cells(chunking),
             policy=_cells(policy),
@@ -96,7 +96,7 @@ def simulate_command(
         choice.config()
         _check_predictor(choice.predictor, trace)
     statistics = Statistics(
-        popularity=popularity, reuse=reuse, accuracy=tuple(float(one) for one in _cells(accuracy)), seed=seed
+        popularity=popularity, reuse=reuse, accuracy=tuple(_floats("accuracy", accuracy)), seed=seed
     )
     most = max(choice.prompt for choice in choices)
     count = 2 * max(choice.batch for choice in choices)
@@ -180,6 +180,13 @@ def _numbers(name: str, text: str) -> list[int]:
     if min(found) < 1:
         raise ValueError(f"--{name} must be at least 1, got {text!r}")
     return found
+
+
+def _floats(name: str, text: str) -> list[float]:
+    try:
+        return [float(one) for one in _cells(text)]
+    except ValueError:
+        raise ValueError(f"--{name} takes numbers, got {text!r}") from None
 
 
 def _slots(text: str) -> int | float | str:

@@ -76,4 +76,7 @@ def train_command(
         ],
         title=f"Predicted experts that were then chosen, on held-out documents ({format_size(out.stat().st_size)})",
     )
-    print_note("entered: before the first layer's attention; routed: from a router's input; left: of the next token.")
+    print_note(
+        "entered: before the first layer's attention; routed: from a router's input; left: of the next token. The same "
+        "documents said when to end: promoe-triton evaluate, on others, tells more."
+    )

@@ -26,7 +26,7 @@ PREDICTED, BY_GATE = "predicted", "predicted, by the gate"
 WARM = 0.25
 """The share of the documents that only fill caches and tables, and are not counted."""
 SIMULATED = 6
-"""Documents that are decoded on a virtual clock; the first of them fills the cache, and is not counted."""
+"""Documents decoded on a virtual clock, of those long enough; the first fills the cache, and does not count."""
 AHEAD = Config().distance
 """Layers ahead that a running model is told of by default, and so the policy here."""
 
@@ -169,7 +169,9 @@ def _of_predictor(
 
 def _in_time(text: _Text, predictor: str) -> Iterator[Row]:
     question = text.question
-    documents = text.counted(predictor)[:SIMULATED]
+    documents = [one for one in text.counted(predictor) if len(one.chosen[0]) > goodpred.PROMPT][:SIMULATED]
+    if len(documents) < 2:
+        return
     for only in (None,) if predictor == NONE else (None, *range(1, question.distance + 1)):
         outcome, timely = goodpred.run(
             documents,

@@ -24,6 +24,8 @@ from promoe_triton.simulation.routing import Pass, Routed, passes
 from promoe_triton.simulation.shapes import LayerShape, ModelShape
 from promoe_triton.simulation.simulator import Outcome, SimulatedLayer, Simulator
 
+PROMPT = 32
+"""Tokens of a document that go through the model at once, before the others are decoded."""
 LAYER_SECONDS = 1e-3
 HALF_BYTES = 1 << 20
 """Sizes and times of the layers simulated; only their ratio to the link's bandwidth means anything."""
@@ -35,7 +37,7 @@ class Even:
 
     active: int
 
-    def layer(self, tokens: int, context: int) -> float:
+    def layer(self, tokens: int, context: int, texts: int) -> float:
         return 0.4 * LAYER_SECONDS
 
     def call(self, tokens: int) -> float:
@@ -111,7 +113,7 @@ def run(
     distances: int,
     policy: str = "lru",
     only: int | None = None,
-    prompt: int = 32,
+    prompt: int = PROMPT,
 ) -> tuple[Outcome, Timely]:
     """Decode documents, each after a prompt of its first tokens; the first fills the cache and does not count.
 

@@ -113,6 +113,8 @@ def load_heads(path: Path, gates: Gates) -> dict[Source, Head]:
         heads = {source: Head(**found) for source, found in parts.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise PromoeError(f"{path} is damaged: a tensor is missing, or one has an unknown name ({error})") from error
+    if not heads:
+        raise PromoeError(f"{path} is damaged: it holds no tensors")
     for (layer, _), head in heads.items():
         if not (0 <= layer < len(gates.layers) and head.fits(gates)):
             raise PromoeError(f"{path} is damaged: its tensors for layer {layer} fit neither each other nor the model")

@@ -18,8 +18,11 @@ from promoe_triton.simulation.shapes import ModelShape
 class Costs(Protocol):
     """Seconds of everything that computes, nothing else running."""
 
-    def layer(self, tokens: int, context: int) -> float:
-        """Return what a MoE layer's share of all but routed experts takes, for T tokens after `context` others."""
+    def layer(self, tokens: int, context: int, texts: int) -> float:
+        """Return what a MoE layer's share of all but routed experts takes, for T tokens.
+
+        They are as many of each of so many texts, and come after `context` others of the same.
+        """
         ...
 
     def call(self, tokens: int) -> float:
@@ -51,10 +54,11 @@ class Roofline:
         device = max(nbytes / hardware.memory_bandwidth, operations / hardware.matmul_flops)
         return max(host, device) if hardware.asynchronous else host + device
 
-    def layer(self, tokens: int, context: int) -> float:
+    def layer(self, tokens: int, context: int, texts: int) -> float:
         shape, share = self._shape, 1.0 / len(self._shape.layers)
-        cache = (context + tokens) * shape.kv_weights * shape.dense_bits / 8
-        attention = 4.0 * tokens * (context + tokens / 2) * shape.attention_width * shape.decoder_layers
+        cache = (texts * context + tokens) * shape.kv_weights * shape.dense_bits / 8
+        # A token looks at those of its own text.
+        attention = 4.0 * tokens * (context + tokens / texts / 2) * shape.attention_width * shape.decoder_layers
         return self._seconds(
             self._software.layer * shape.decoder_layers * share,
             (shape.dense_weights * shape.dense_bits / 8 + cache) * share,
@@ -116,7 +120,7 @@ class Measured:
     asking: float
     heads: float
 
-    def layer(self, tokens: int, context: int) -> float:
+    def layer(self, tokens: int, context: int, texts: int) -> float:
         return self.dense.at(tokens)
 
     def call(self, tokens: int) -> float:

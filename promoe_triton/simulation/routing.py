@@ -52,11 +52,12 @@ class Routed:
 class Pass:
     """Tokens that go through the model together: a prompt, or one token of each of several texts.
 
-    context: tokens before them. ids, named: as in `Routed`, of these tokens.
+    context: tokens before them, in each of so many `texts`. ids, named: as in `Routed`, of these tokens.
     """
 
     prefill: bool
     context: int
+    texts: int
     tokens: int
     ids: Sequence[Ids]
     named: Sequence[Sequence[Ids]]
@@ -108,6 +109,7 @@ def _cut(texts: Sequence[Routed], begin: int, end: int, prefill: bool) -> Pass:
     return Pass(
         prefill=prefill,
         context=begin,
+        texts=len(texts),
         tokens=len(texts) * (end - begin),
         ids=[joined([text.ids[i] for text in texts]) for i in range(L)],
         named=[[joined([text.named[h][i] for text in texts]) for i in range(L)] for h in range(H)],

@@ -188,7 +188,7 @@ class Simulator:
     def _pass(self, this: Pass, following: Pass | None) -> None:
         settled = all(layer.resident for layer in self.layers)
         for layer in self.layers:
-            self._compute(self._costs.layer(this.tokens, this.context))
+            self._compute(self._costs.layer(this.tokens, this.context, this.texts))
             self._layer(layer, this, settled)
         if not settled and following is not None and not following.prefill:
             ahead = (self._ranking(following, layer, 1, distance=layer.index + 1) for layer in self._first())

@@ -14,7 +14,7 @@ from promoe_triton.errors import PromoeError
 from promoe_triton.links.fake import Wire
 from promoe_triton.simulation.costs import Costs, Roofline
 from promoe_triton.simulation.description import Hardware, Software
-from promoe_triton.simulation.routing import Routed, Statistics, Synthetic, passes, popularity_of, recorded_ids
+from promoe_triton.simulation.routing import Ids, Routed, Statistics, Synthetic, passes, popularity_of, recorded_ids
 from promoe_triton.simulation.shapes import ModelShape
 from promoe_triton.simulation.simulator import Outcome, Simulator
 from promoe_triton.traces import Trace
@@ -28,7 +28,7 @@ class Scene:
     """What stays the same in a sweep. texts: as they are routed; the first of them fills the cache and is not counted.
 
     named: the same texts with what real predictors name for them, by predictor.
-    costs: how long things take on this machine, given a shape (None: a roofline). wire: the link (None: the machine's).
+    costs: how long things take on this machine, given a shape (None: a roofline).
     """
 
     shape: ModelShape
@@ -117,8 +117,16 @@ def check_fits(scene: Scene, choice: Choice) -> None:
 
 
 def simulate(scene: Scene, choice: Choice, **options: Any) -> Outcome:
-    """Run one combination. options: further fields of `Config`. Raises ValueError where it does not fit the machine."""
+    """Run one combination. options: further fields of `Config`.
+
+    Raises ValueError where it does not fit the machine, or asks for predictions that the texts do not state.
+    """
     check_fits(scene, choice)
+    stated = len(scene.texts[0].named)
+    if choice.predictor == "stated" and choice.config().predicts and choice.distance > stated:
+        raise ValueError(
+            f"predictions are stated up to {stated} layers ahead (--accuracy), and distance={choice.distance} is more"
+        )
     shape = replace(scene.shape, bits=choice.bits)
     hardware = scene.hardware
     simulator = Simulator(
@@ -141,7 +149,7 @@ def simulate(scene: Scene, choice: Choice, **options: Any) -> Outcome:
 def traced_texts(trace: Trace, shape: ModelShape, statistics: Statistics, tokens: int) -> list[Routed]:
     """Return the documents of a trace that are long enough, the first `tokens` tokens of each.
 
-    What is predicted for them is made up, as accurate as the statistics say: a wrong guess is any other expert.
+    What is predicted for them is made up, as accurate as the statistics say: a wrong guess is any expert not chosen.
     Raises PromoeError where the trace is of another model, or too short.
     """
     mine = [(layer.experts, layer.active) for layer in shape.layers]
@@ -156,11 +164,7 @@ def traced_texts(trace: Trace, shape: ModelShape, statistics: Statistics, tokens
             continue
         ids = [recorded_ids(document, index, E)[:tokens] for index, (E, _) in enumerate(mine)]
         named = [
-            [
-                np.where(rng.random(i.shape) < share, i, rng.integers(0, E, i.shape)).astype(np.int16)
-                for i, (E, _) in zip(ids, mine, strict=True)
-            ]
-            for share in statistics.accuracy
+            [_guessed(rng, i, E, share) for i, (E, _) in zip(ids, mine, strict=True)] for share in statistics.accuracy
         ]
         found.append(Routed(ids=ids, named=named))
     if len(found) < 2:
@@ -169,6 +173,18 @@ def traced_texts(trace: Trace, shape: ModelShape, statistics: Statistics, tokens
             "ask for shorter prompts and fewer tokens, or record more text"
         )
     return found
+
+
+def _guessed(rng: np.random.Generator, ids_TA: Ids, E: int, share: float) -> Ids:
+    """Return so large a share of what tokens chose, and in place of the others experts that they did not (-1: none)."""
+    order_TE = rng.random((len(ids_TA), E))
+    rows_T1, A = np.arange(len(ids_TA))[:, None], ids_TA.shape[1]
+    chosen_TE = np.zeros((len(ids_TA), E + 1), dtype=bool)
+    chosen_TE[rows_T1, ids_TA] = True  # -1: the last column, which is no expert
+    order_TE[chosen_TE[:, :E]] = np.inf
+    others_TA = np.argsort(order_TE, axis=1)[:, :A]
+    others_TA = np.where(chosen_TE[rows_T1, others_TA], -1, others_TA)
+    return np.where(rng.random(ids_TA.shape) < share, ids_TA, others_TA).astype(np.int16)
 
 
 def synthetic_texts(shape: ModelShape, statistics: Statistics, count: int, tokens: int) -> list[Routed]:
