@@ -25,6 +25,7 @@ from promoe_triton.cli.commands import app
 from promoe_triton.config import Config
 from promoe_triton.errors import PromoeError
 from promoe_triton.links.fake import Wire
+from promoe_triton.policies import POLICIES
 from promoe_triton.predictors.bounds import RoutingRecorder
 from promoe_triton.protocols import Part, round_up
 from promoe_triton.simulation.costs import Curve, Roofline
@@ -116,18 +117,27 @@ class Even:
 sizes = st.tuples(st.integers(1, 4), st.integers(4, 12), st.integers(1, 4))
 steps = st.sampled_from(sorted(ABLATION))
 laws = settings(max_examples=25, deadline=None, derandomize=True)
+batches = st.sampled_from([1, 3])
+choices = st.fixed_dictionaries(
+    {
+        "ablation": steps,
+        "slots": st.integers(1, 36),  # of all layers: few are one pool
+        "chunking": st.sampled_from(["adaptive", "fixed", "tensor", "expert"]),
+        "policy": st.sampled_from(["auto", *POLICIES]),
+    }
+)
 
 
-@laws
-@given(size=sizes, seed=st.integers(0, 99), step=steps, slots=st.integers(1, 9), prompt=st.integers(1, 12))
+@settings(laws, max_examples=50)
+@given(size=sizes, seed=st.integers(0, 99), choice=choices, prompt=st.integers(1, 12), batch=batches)
 def test_time_never_decreases_and_every_access_is_counted(
-    size: tuple[int, int, int], seed: int, step: str, slots: int, prompt: int
+    size: tuple[int, int, int], seed: int, choice: dict[str, Any], prompt: int, batch: int
 ) -> None:
     of = shape(*size)
-    found = texts(of, seed)
-    simulator = make(of, slots=slots * len(of.layers), ablation=step)
+    found = texts(of, seed, count=batch)
+    simulator = make(of, **choice)
     before, accesses = simulator.link.now(), 0
-    for one in passes(found, prompt=prompt):
+    for one in passes(found, prompt=prompt, batch=batch):
         outcome = simulator.run([one])
         now = simulator.link.now()
         assert now >= before
@@ -141,18 +151,21 @@ def test_time_never_decreases_and_every_access_is_counted(
         assert table.available() == len(table), "every lease was given back"
 
 
-@laws
-@given(size=sizes, seed=st.integers(0, 99), step=steps, slots=st.integers(1, 9), prompt=st.integers(1, 12))
-def test_bytes_are_conserved(size: tuple[int, int, int], seed: int, step: str, slots: int, prompt: int) -> None:
+@settings(laws, max_examples=50)
+@given(size=sizes, seed=st.integers(0, 99), choice=choices, prompt=st.integers(1, 12), batch=batches)
+def test_bytes_are_conserved(
+    size: tuple[int, int, int], seed: int, choice: dict[str, Any], prompt: int, batch: int
+) -> None:
     of = shape(*size)
-    simulator = make(of, slots=slots * len(of.layers), ablation=step)
-    simulator.run(passes(texts(of, seed), prompt=prompt))
+    simulator = make(of, **choice)
+    simulator.run(passes(texts(of, seed, count=batch), prompt=prompt, batch=batch))
     simulator.link.pass_time(1e3)
     outcome = simulator.run(())
     needed = (outcome.misses + outcome.on_time) * of.expert_bytes(0)
-    if step == "layer":
+    fewest = choice["slots"] if simulator.shared else min(len(table) for table in simulator.core.tables)
+    if choice["ablation"] == "layer":
         assert outcome.bytes_moved >= needed, "experts that nobody asked for are copied as well"
-    elif slots >= size[2] and prompt == 1:
+    elif fewest >= min(size[1], size[2] * batch * prompt):
         assert outcome.bytes_moved == needed + outcome.bytes_wasted + outcome.bytes_unproven
     else:
         # An expert that passes through its slots in halves is copied anew, whatever of it had come ahead of need.
@@ -173,16 +186,19 @@ larger = st.tuples(st.integers(3, 5), st.sampled_from([6, 8, 12]), st.integers(1
 prompts = st.sampled_from([1, 6, 40])
 
 
-@pytest.mark.parametrize("always", [False, True], ids=["on trial", "always"])
+@pytest.mark.parametrize(
+    ("always", "asking"), [(False, 0.0), (True, 0.0), (True, 1.0)], ids=["on trial", "always", "always, at its price"]
+)
 @settings(laws)
-@given(size=larger, seed=st.integers(0, 99), slots=st.integers(2, 8), step=steps, prompt=prompts)
+@given(size=larger, seed=st.integers(0, 99), slots=st.integers(2, 8), step=steps, prompt=prompts, batch=batches)
 def test_more_bandwidth_is_never_slower(
-    always: bool, size: tuple[int, int, int], seed: int, slots: int, step: str, prompt: int
+    always: bool, asking: float, size: tuple[int, int, int], seed: int, slots: int, step: str, prompt: int, batch: int
 ) -> None:
     of = shape(*size)
-    found, count = texts(of, seed, tokens=60), slots * len(of.layers)
+    found = texts(of, seed, tokens=60, count=batch)
+    common: dict[str, Any] = {"slots": slots * len(of.layers), "ablation": step, "always_predict": always}
     taken = [
-        run(of, found, prompt, rate, slots=count, ablation=step, always_predict=always).seconds
+        make(of, rate, asking=asking, **common).run(passes(found, prompt=prompt, batch=batch)).seconds
         for rate in (5e8, 1e9, 4e9, 32e9)
     ]
     assert all(after <= 1.02 * before for before, after in pairwise(taken)), taken
@@ -200,7 +216,11 @@ def test_more_bandwidth_is_never_slower(
 def test_a_perfect_predictor_is_never_slower_than_none(
     asking: float, tokens: int, size: tuple[int, int, int], seed: int, slots: int, rate: float, prompt: int
 ) -> None:
-    """At its price it has to be tried, where there is nothing to win, in a few passes of a longer text."""
+    """At its price it has to be tried, where there is nothing to win, in a few passes of a longer text.
+
+    That is no law: of 120 such models drawn at random one took 2.7 % longer over 240 tokens, two 2.3 and 2.9 % over
+    480, as what `Trial` compares is few passes. These examples are fixed ones.
+    """
     of = shape(*size)
     found, count = texts(of, seed, tokens=tokens), slots * len(of.layers)
     perfect = run(of, [text.truth for text in found], prompt, rate, asking=asking, slots=count)
@@ -497,10 +517,15 @@ def test_the_paper_is_reproduced(tmp_path: Path) -> None:
     error, _, table = done.stdout.partition("Mean absolute error of the four columns that were not fitted: ")[
         2
     ].partition("\n")
-    assert 0.0 < float(error.rstrip("%")) < 40.0
+    assert float(error.rstrip("%")) < 20.0
     assert "| 12.5% | " in table, "the error is printed above the table"
     with (tmp_path / "paper.csv").open() as file:
         rows = [*csv.DictReader(file)]
+    fitted = [float(row["p50"]) for row in rows if row["metric"] == "deviation" and row["note"] == "fitted"]
+    assert len(fitted) == 5
+    assert max(map(abs, fitted)) < 10.0
+    (resident,) = [float(row["p50"]) for row in rows if row["case"] == "development, 100.0%"]
+    assert 54 <= resident <= 58, "as theirs"
     cases = {row["case"] for row in rows}
     assert {"ablation", "all models", "slots 0.125", "batch 8", "bits 4", "development, 75.0%"} <= cases
     left_out = [row for row in rows if row["note"].startswith("left out")]
@@ -514,13 +539,21 @@ def call(*arguments: str) -> Any:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    options = ("olmoe-1b-7b", "--prompt", "8", "--tokens", "4", "--slots", "0.25,0.5", "--out", str(tmp_path / "a.csv"))
+    short = ("--prompt", "8", "--tokens", "4")
+    options = ("olmoe-1b-7b", *short, "--slots", "0.25,0.5", "--out", str(tmp_path / "a.csv"))
     found = json.loads(call(*options, "--json").stdout)
     assert found["hardware"].startswith("RTX 4090")
     assert [(row["slots"], row["ablation"]) for row in found["runs"]] == [
         (s, a) for s in (0.25, 0.5) for a in ("lru", "all")
     ]
-    assert all(row["tpot_seconds"] > 0 for row in found["runs"])
+    more = ("--batch", "1,2", "--policy", "lru,static", "--chunking", "adaptive,expert", "--always-predict")
+    swept = json.loads(call("olmoe-1b-7b", *short, "--slots", "0.25", "--ablation", "all", *more, "--json").stdout)[
+        "runs"
+    ]
+    assert [(row["batch"], row["chunking"], row["policy"]) for row in swept] == [
+        (b, c, p) for b in (1, 2) for c in ("adaptive", "expert") for p in ("lru", "static")
+    ]
+    assert len({row["tpot_seconds"] for row in swept}) == len(swept), "each choice has its effect"
     with (tmp_path / "a.csv").open() as file:
         assert len([*csv.DictReader(file)]) == 4
     assert "TPOT" in call(*options).stdout
