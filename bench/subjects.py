@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import promoe_triton
+from promoe_triton.config import Config
 from promoe_triton.patch._swap import find_experts
 
 
@@ -80,7 +81,7 @@ class OnDisk:
             for handle in handles:
                 os.close(handle)
 
-        with _in_background(read, threads=2):
+        with _in_background(read, threads=Config().depth):
             yield moved
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -100,7 +103,7 @@ class Even:
     def layer(self, tokens: int, context: int, texts: int) -> float:
         return 0.0
 
-    def call(self, tokens: int) -> float:
+    def call(self, tokens: int, settled: bool) -> float:
         return 0.0
 
     def product(self, layer: int, part: Part, rows: Sequence[int]) -> float:
@@ -204,8 +207,7 @@ def test_more_bandwidth_is_never_slower(
     assert all(after <= 1.02 * before for before, after in pairwise(taken)), taken
 
 
-@pytest.mark.parametrize(("asking", "tokens"), [(0.0, 60), (1.0, 480)], ids=["for nothing", "at its price"])
-@settings(laws)
+@laws
 @given(
     size=larger,
     seed=st.integers(0, 99),
@@ -214,19 +216,33 @@ def test_more_bandwidth_is_never_slower(
     prompt=prompts,
 )
 def test_a_perfect_predictor_is_never_slower_than_none(
-    asking: float, tokens: int, size: tuple[int, int, int], seed: int, slots: int, rate: float, prompt: int
+    size: tuple[int, int, int], seed: int, slots: int, rate: float, prompt: int
 ) -> None:
-    """At its price it has to be tried, where there is nothing to win, in a few passes of a longer text.
-
-    That is no law: of 120 such models drawn at random one took 2.7 % longer over 240 tokens, two 2.3 and 2.9 % over
-    480, as what `Trial` compares is few passes. These examples are fixed ones.
-    """
+    """Where predictions cost nothing."""
     of = shape(*size)
-    found, count = texts(of, seed, tokens=tokens), slots * len(of.layers)
-    perfect = run(of, [text.truth for text in found], prompt, rate, asking=asking, slots=count)
+    found, count = texts(of, seed, tokens=60), slots * len(of.layers)
+    perfect = run(of, [text.truth for text in found], prompt, rate, slots=count)
     none = run(of, found, prompt, rate, slots=count, predictor="none")
     assert perfect.seconds <= 1.02 * none.seconds
     assert perfect.accuracy > 0.8 or perfect.on_time + perfect.late == 0
+
+
+def test_a_perfect_predictor_at_its_price_is_hardly_slower_than_none() -> None:
+    """It has to be tried, and where there is nothing to win, a few passes are slower for it.
+
+    What is compared is few passes, so that 2 % at most is no law: of 120 models drawn like these two took 2.3 and 2.9 %
+    longer.
+    """
+    rng, ratios = random.Random(0), []
+    for _ in range(24):
+        of = shape(rng.randint(3, 5), rng.choice([6, 8, 12]), rng.randint(1, 3))
+        found, common = texts(of, rng.randint(0, 99), tokens=300), {"slots": rng.randint(2, 8) * len(of.layers)}
+        rate = rng.choice([1e9, 4e9, 32e9])
+        perfect = run(of, [text.truth for text in found], 1, rate, asking=1.0, **common)
+        ratios.append(perfect.seconds / run(of, found, 1, rate, predictor="none", **common).seconds)
+    assert fmean(ratios) <= 1.0
+    assert sorted(ratios)[-2] <= 1.02
+    assert max(ratios) <= 1.04
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +334,19 @@ def test_fewer_bits_are_fewer_bytes_and_a_text_side_by_side_is_a_row_more() -> N
     ]
     assert sum(two[1].rows(0).values()) == 4
     assert [one.texts for one in two] == [2, 2, 2, 2]
+
+
+def test_decisions_and_copies_cost_the_host_where_experts_are_absent() -> None:
+    of, more = shape(), 100.0
+    found = texts(of, 0)
+    taken = {}
+    for slots, absent in itertools.product((12, 24), (0.0, more)):
+        costs = Roofline(MACHINE, replace(LOOP, absent=absent), of)
+        simulator = Simulator(of, costs, Wire(bandwidth=1e9, latency=0.0), Config(slots=slots, predictor="none"))
+        taken[slots, absent] = simulator.run(passes(found, prompt=1)).computing_seconds
+    assert taken[24, more] == taken[24, 0.0], "all are in slots"
+    layers = len(of.layers) * len(found[0])
+    assert taken[12, more] - taken[12, 0.0] == pytest.approx(layers * more * MACHINE.launch_seconds)
 
 
 @pytest.mark.parametrize(("tokens", "context"), [(1, 500), (64, 0), (16, 300)])

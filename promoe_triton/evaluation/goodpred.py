@@ -40,7 +40,7 @@ class Even:
     def layer(self, tokens: int, context: int, texts: int) -> float:
         return 0.4 * LAYER_SECONDS
 
-    def call(self, tokens: int) -> float:
+    def call(self, tokens: int, settled: bool) -> float:
         return 0.0
 
     def product(self, layer: int, part: Part, rows: Sequence[int]) -> float:

@@ -25,8 +25,8 @@ class Costs(Protocol):
         """
         ...
 
-    def call(self, tokens: int) -> float:
-        """Return what a call of a layer's experts takes beside their products."""
+    def call(self, tokens: int, settled: bool) -> float:
+        """Return what a call of a layer's experts takes beside products. settled: all layers have every expert."""
         ...
 
     def product(self, layer: int, part: Part, rows: Sequence[int]) -> float:
@@ -65,8 +65,9 @@ class Roofline:
             (2.0 * shape.dense_weights * tokens + attention) * share,
         )
 
-    def call(self, tokens: int) -> float:
-        return self._seconds(self._software.call, 0.0, 0.0)
+    def call(self, tokens: int, settled: bool) -> float:
+        software = self._software
+        return self._seconds(software.call + (0.0 if settled else software.absent), 0.0, 0.0)
 
     def product(self, layer: int, part: Part, rows: Sequence[int]) -> float:
         software, n = self._software, len(rows)
@@ -108,7 +109,8 @@ class Curve:
 class Measured:
     """What was measured of one model on one machine (bench/trust.py), in seconds.
 
-    dense: of a layer beside its experts, by tokens. calls: of a call of a layer beside products, by tokens. up, down:
+    dense: of a layer beside its experts, by tokens. calls: of a call of a layer that lacks experts beside products, by
+    tokens. up, down:
     of one expert's halves, by rows. wave: of starting another wave. asking: of a prediction. heads: once per pass.
     """
 
@@ -123,7 +125,7 @@ class Measured:
     def layer(self, tokens: int, context: int, texts: int) -> float:
         return self.dense.at(tokens)
 
-    def call(self, tokens: int) -> float:
+    def call(self, tokens: int, settled: bool) -> float:
         return self.calls.at(tokens)
 
     def product(self, layer: int, part: Part, rows: Sequence[int]) -> float:

@@ -48,7 +48,8 @@ class Hardware:
 class Software:
     """How many operations are started where. loop: of transformers' eager code and the like.
 
-    layer: for a layer beside its routed experts. call: for a call of the experts, whatever their number. up, down: for
+    layer: for a layer beside its routed experts. call: for a call of the experts, whatever their number; absent: how
+    many as long the host takes more, for decisions and copies, where not all layers have every expert. up, down: for
     the products of one wave. expert_up, expert_down: for those of each of its experts. head: once per pass. predict:
     for a prediction.
     """
@@ -56,6 +57,7 @@ class Software:
     name: str
     layer: float
     call: float
+    absent: float
     up: float
     down: float
     expert_up: float

@@ -201,7 +201,7 @@ class Simulator:
     def _layer(self, layer: SimulatedLayer, this: Pass, settled: bool) -> None:
         """The steps of `LayerRuntime.run`."""
         rows, costs, index = this.rows(layer.index), self._costs, layer.index
-        self._compute(costs.call(this.tokens))
+        self._compute(costs.call(this.tokens, settled))
         if settled:
             self.counters.hits += len(rows)
             self._wave(index, Part.UP, rows, rows)
