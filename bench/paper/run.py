@@ -8,12 +8,15 @@ figures are drawn from it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from draw import draw, table
 from stage import PAPER_MODELS, Fitted, choice_of, published, record, run, scene
 
@@ -62,6 +65,31 @@ def development(fitted: Fitted, length: Length, results: record.Results) -> floa
     rows.append(one("development", "predicted columns", "mean absolute error", "%", 100 * error, "of 20 times"))
     results.write(rows)
     return error
+
+
+PREDICTION_SECONDS = 200e-6
+"""Of theirs per layer, on a CPU (paper, section on the learned predictor)."""
+
+
+def reasons(fitted: Fitted, length: Length, results: record.Results) -> None:
+    """Predict more as theirs does, one difference after the other: how much of the disagreement is each?
+
+    Theirs names experts two layers ahead only, here it is two and one; and it takes longer. It runs beside the model:
+    counted in full is the most that it can cost.
+    """
+    table, rows = published()["development"], []
+    of = scene("deepseek-moe-16b", fitted, length.texts, 1 + length.tokens, roomy=True)
+    second = replace(of, texts=[replace(t, named=[[np.full_like(i, -1) for i in t.ids], t.named[1]]) for t in of.texts])
+    slower = replace(of.software, predict=PREDICTION_SECONDS / fitted.launch_seconds)
+    ways = {"two layers ahead only": second, "and a prediction of 200 us": replace(second, software=slower)}
+    for column in ("prefetch only", "everything"):
+        theirs = table["columns"][column]["ms"]
+        for (way, changed), (share, ms) in itertools.product(ways.items(), zip(table["shares"], theirs, strict=True)):
+            taken = run(changed, slots=share, **DEVELOPMENT[column]).tpot_seconds * 1e3
+            case = f"reasons, {share:.1%}"
+            rows.append(one(case, f"{column}, {way}", "time", "ms/token", taken, f"theirs {ms}"))
+            rows.append(one(case, f"{column}, {way}", "deviation", "%", 100 * (taken / ms - 1.0)))
+    results.write(rows)
 
 
 def one(case: str, variant: str, metric: str, unit: str, value: float, note: str = "") -> record.Row:
@@ -166,7 +194,7 @@ def main() -> None:
     fitted, length = Fitted.read(), Length(args.quick)
     results = record.Results(folder, "paper")
     error = development(fitted, length, results)
-    for part in (speedups, ablation, sensitivity):
+    for part in (speedups, ablation, sensitivity, reasons):
         part(fitted, length, results)
     if find_spec("matplotlib"):
         draw(folder)
