@@ -52,7 +52,7 @@ class Ahead:
 
     @property
     def wasted(self) -> int:
-        """Experts that were copied ahead, wholly or in part, for nothing."""
+        """Experts that were to be copied ahead for nothing, whatever had come of them."""
         return self.dropped + self.evicted
 
     @property
@@ -71,7 +71,10 @@ class Ahead:
 
     @property
     def goodpred(self) -> float:
-        """Accuracy times fetch rate (paper, section on stride prefetching), live, on what would have been missed."""
+        """Accuracy times fetch rate (paper, section on stride prefetching), live, on what was absent when predicted.
+
+        What was predicted and not worth a copy, or too much for the link, is in none of them.
+        """
         return _share(self.on_time, self.experts)
 
     def as_dict(self) -> dict[str, Any]:
@@ -176,7 +179,7 @@ class Stats:
                 (
                     "GOODPRED",
                     f"{ahead.goodpred:.2f}: accuracy {ahead.accuracy:.2f} x fetch rate {ahead.fetch_rate:.2f}, "
-                    "of experts that would have been missed",
+                    "of experts that were absent",
                 ),
             ]
         if self.link_seconds:
