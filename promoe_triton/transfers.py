@@ -160,10 +160,14 @@ class TransferQueue:
         self._progress[transfer].in_flight -= 1
 
     def failed(self, chunk: Chunk, error: BaseException) -> None:
-        """Stop a transfer for this error; but what failed while nobody waited for it is handed out once more."""
+        """Stop a transfer for this error; but what failed while nobody waited for it is handed out once more.
+
+        Unless all bytes have landed: then it failed as they were put in place, which is not done twice.
+        """
         progress = self._progress[chunk.transfer]
         progress.in_flight -= 1
-        if chunk.speculative and progress.rank == URGENT and not progress.stopped:
+        is_lost = progress.landed < progress.nbytes
+        if is_lost and chunk.speculative and progress.rank == URGENT and not progress.stopped:
             progress.again.append(chunk)
             self._wait(chunk.transfer, progress)
             return

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from zoo import FAMILIES
+from zoo import EXPERTS, FAMILIES
 
 import promoe_triton
 from promoe_triton import Config, PromoeError
@@ -33,9 +33,11 @@ from promoe_triton.backends.torch import Grouped
 from promoe_triton.links import choice
 from promoe_triton.links import threads as links_threads
 from promoe_triton.links.device import DeviceFiller
+from promoe_triton.links.filling import SlotFiller
 from promoe_triton.links.sources import DiskSource
 from promoe_triton.links.streams import HostStreams
 from promoe_triton.links.threads import CLOSE_SECONDS
+from promoe_triton.protocols import Chunk, Observation, Prediction, Seam
 from promoe_triton.stores import safetensors_files, spool
 from promoe_triton.transfers import URGENT
 
@@ -106,9 +108,92 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
+def input_output_error(read: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+class DiskAhead(Disk):
+    """A disk that is at fault only with what is copied ahead of need, on a link that copies much of it.
+
+    copied: all chunks that were asked for. struck: those that the fault has met. needed, dropped: those of them that
+    `hold` has held until the layer asked for the expert, or did without it. spares_urgent: whether the fault leaves
+    alone what layers wait for.
+    """
+
+    spares_urgent = True
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+        self._here = threading.local()
+        self.copied: list[Chunk] = []
+        self.struck: list[Chunk] = []
+        self.needed: list[Chunk] = []
+        self.dropped: list[Chunk] = []
+        self.over = threading.Event()
+        self.over.set()
+        self.link: Any = None
+        for filler in (SlotFiller, DeviceFiller):
+            monkeypatch.setattr(filler, "copy", self._noting(filler.copy))
+
+    def _noting(self, copy: Callable[[Any, Chunk], int]) -> Callable[[Any, Chunk], int]:
+        def noted(filler: Any, chunk: Chunk) -> int:
+            self._here.chunk = chunk
+            self.copied.append(chunk)
+            return copy(filler, chunk)
+
+        return noted
+
+    @property
+    def chunk(self) -> Chunk:
+        """What this thread copies."""
+        chunk: Chunk = self._here.chunk
+        return chunk
+
+    def arm(self, fault: Callable[[int], None]) -> None:
+        self.over.clear()
+        super().arm(fault)
+
+    def heal(self) -> None:
+        self.over.set()
+        super().heal()
+
+    def preadv(self, handle: int, buffers: list[memoryview], offset: int) -> int:
+        chunk = getattr(self._here, "chunk", None)  # none where the caller's thread reads weights back
+        if chunk is None or (self.spares_urgent and not chunk.speculative):
+            return self._preadv(handle, buffers, offset)
+        if not self.over.is_set():
+            self.struck.append(chunk)
+        return super().preadv(handle, buffers, offset)
+
+    def hold(self, read: int) -> None:
+        """Let the read go on once the gate of its layer is done, or the disk is healed."""
+        transfer = self.chunk.transfer
+        for _ in range(10_000):
+            with self.link.settled:
+                queue = self.link.feed.queue
+                is_dropped, is_needed = queue.stopped(transfer), queue.rank(transfer) == URGENT
+            if is_dropped or is_needed:
+                (self.dropped if is_dropped else self.needed).append(self.chunk)
+                return
+            if self.over.wait(0.001):
+                return
+        raise AssertionError("held for longer than any call takes")
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> DiskAhead:
+    return DiskAhead(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def want() -> Tensor:
     return logits(build())
+
+
+@pytest.fixture(scope="module")
+def want_short() -> dict[int, Tensor]:
+    """Of prompts that leave most experts of a layer aside: of one token, two and three."""
+    return {prompt: logits(build(), prompt) for prompt in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +234,11 @@ def load(folder: Path, **options: Any) -> Any:
     """A model with few slots over its checkpoint, loaded whole and patched (which is faster than from_pretrained)."""
     model = type(build()).from_pretrained(folder, dtype=torch.bfloat16)
     return promoe_triton.patch(model, **(SETTINGS | options))
+
+
+def check_short(model: Any, want: dict[int, Tensor], times: int = 1) -> None:
+    for prompt in [*want] * times:
+        assert torch.equal(logits(model, prompt), want[prompt])
 
 
 def check_tables(model: Any) -> None:
@@ -585,22 +675,25 @@ class TestReads:
         assert torch.equal(logits(promoe_triton.from_pretrained(str(folder), dtype=torch.bfloat16, slots=6)), want)
 
 
+@pytest.fixture
+def ring(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Slots as on a GPU: filled through a ring of host memory."""
+    made: list[DeviceFiller] = []
+
+    def filler(store: Any, memory_of_layer: Any, direct: bool) -> DeviceFiller:
+        streams = HostStreams()
+        made.append(DeviceFiller(DiskSource(store, streams, direct), memory_of_layer, streams))
+        return made[-1]
+
+    monkeypatch.setattr(choice, "SlotFiller", filler)
+    yield
+    assert made
+    made.clear()
+
+
+@pytest.mark.usefixtures("ring")
 class TestThroughTheRing:
     """The same faults on the way from the disk through a ring of host memory, as to a GPU."""
-
-    @pytest.fixture(autouse=True)
-    def _ring(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        made: list[DeviceFiller] = []
-
-        def filler(store: Any, memory_of_layer: Any, direct: bool) -> DeviceFiller:
-            streams = HostStreams()
-            made.append(DeviceFiller(DiskSource(store, streams, direct), memory_of_layer, streams))
-            return made[-1]
-
-        monkeypatch.setattr(choice, "SlotFiller", filler)
-        yield
-        assert made
-        made.clear()
 
     @pytest.mark.parametrize("io", ["buffered", "direct"])
     @pytest.mark.parametrize("moment", [0, 1, 5, 11])
@@ -771,33 +864,39 @@ class TestStalls:
         assert torch.equal(logits(promoe_triton.unpatch(model)), want)
 
 
+@contextmanager
+def ctrl_c(disk: Disk, moment: int) -> Iterator[None]:
+    """Strike in the main thread while the read number `moment` is on its way."""
+    main = threading.main_thread().ident
+    assert main is not None
+    handled = threading.Event()
+
+    def interrupt(read: int) -> None:
+        if read == moment:
+            signal.pthread_kill(main, signal.SIGINT)
+            # The read does not go on before the signal has been taken.
+            handled.wait(10)
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        handled.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        disk.arm(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        disk.heal()
+        signal.signal(signal.SIGINT, before)
+
+
 class TestInterruptions:
     def test_ctrl_c_in_the_middle_of_generate(self, folder: Path, disk: Disk, wanted_tokens: list[int]) -> None:
         model = load(folder)
-        main = threading.main_thread().ident
-        assert main is not None
-
         for moment in (0, 1, 2, 9, 25):
-            handled = threading.Event()
-
-            def interrupt(read: int, moment: int = moment, handled: threading.Event = handled) -> None:
-                if read == moment:
-                    signal.pthread_kill(main, signal.SIGINT)
-                    # The read does not go on before the signal has been taken.
-                    handled.wait(10)
-
-            def handler(number: int, frame: FrameType | None, handled: threading.Event = handled) -> None:
-                handled.set()
-                raise KeyboardInterrupt
-
-            before = signal.signal(signal.SIGINT, handler)
-            try:
-                disk.arm(interrupt)
-                with pytest.raises(KeyboardInterrupt):
-                    tokens(model)
-            finally:
-                disk.heal()
-                signal.signal(signal.SIGINT, before)
+            with ctrl_c(disk, moment):
+                tokens(model)
             assert tokens(model) == wanted_tokens
             check_tables(model)
 
@@ -890,6 +989,212 @@ class TestInterruptions:
         check_tables(model)
 
 
+class Names:
+    """Names some experts of the next layer whenever one has routed: those chosen for it, or else others each time."""
+
+    stateless = True
+
+    def __init__(self, chosen: Sequence[Sequence[int]] = ()) -> None:
+        self._chosen = chosen
+        self._asked = 0
+
+    def predict(self, seen: Observation) -> Sequence[Prediction]:
+        if seen.seam is not Seam.ROUTED:
+            return []
+        layer = (seen.layer + 1) % 2
+        self._asked += 1
+        # Half of them: those that lie in slots are kept there, and what is copied needs another's slot.
+        experts = self._chosen[layer] if self._chosen else [(self._asked + i) % EXPERTS for i in (0, 1, 2)]
+        return [Prediction(layer=layer, steps=0, expert_ids=torch.tensor(experts), scores=torch.zeros(len(experts)))]
+
+
+def left_aside(prompt: int) -> list[list[int]]:
+    """Which experts of each layer a prompt has no use for."""
+    stock, chosen = build(), list[set[int]]()
+    for block in stock.model.layers:
+        block.mlp.gate.register_forward_hook(
+            lambda router, args, output: chosen.append({*output[2].flatten().tolist()})
+        )
+    logits(stock, prompt)
+    return [[expert for expert in range(EXPERTS) if expert not in of] for of in chosen]
+
+
+@pytest.mark.parametrize("_way", ["slots", "ring"], indirect=True)
+class TestAheadOfNeed:
+    """The same faults in copies that nobody waits for yet: what a layer gets to know of one is its delay at most.
+
+    Each test counts the copies that it has hit.
+    """
+
+    @pytest.fixture(autouse=True)
+    def _way(self, request: pytest.FixtureRequest) -> None:
+        if request.param == "ring":
+            request.getfixturevalue("ring")
+
+    def load(self, folder: Path, ahead: DiskAhead, predictor: Any = None, **options: Any) -> Any:
+        """A model that knows how fast its link and its layers are, and so copies ahead what is named."""
+        always = {"predictor": predictor or Names(), "always_predict": True}
+        model = load(folder, **({"slots": 8, "chunk": 4096} | always | options))
+        model._promoe_runtime.core.admission._worth = 0.0  # whatever became of what was named before
+        ahead.link = model._promoe_runtime.link._shared
+        logits(model, 1)
+        return model
+
+    @pytest.mark.parametrize("moment", ["at-once", "after-the-gate"])
+    @pytest.mark.parametrize("fault", ["fails", "is-short", "is-slow"])
+    def test_one_that(
+        self, fault: str, moment: str, folder: Path, ahead: DiskAhead, want_short: dict[int, Tensor]
+    ) -> None:
+        """After the gate: it comes to its end when a layer waits for it by now, or has dropped it."""
+        model = self.load(folder, ahead)
+
+        def strike(read: int) -> None:
+            if moment == "after-the-gate":
+                ahead.hold(read)
+            if fault == "fails":
+                input_output_error(read)
+            if fault == "is-slow":
+                ahead.over.wait(0.01)
+
+        ahead.most = 1000 if fault == "is-short" else 2**40
+        ahead.arm(strike)
+        for _ in range(100):
+            check_short(model, want_short)
+            hit = [ahead.struck] if moment == "at-once" else [ahead.needed, ahead.dropped]
+            if min(map(len, hit)) >= 6:
+                break
+        else:
+            raise AssertionError(f"hit {[*map(len, hit)]}")
+        stats = promoe_triton.stats(model).ahead
+        check_tables(model)
+        ahead.heal()
+        check_short(model, want_short)
+        assert stats.experts > 0
+        if moment == "after-the-gate":
+            assert stats.late > 0
+            assert stats.dropped > 0
+        if fault == "fails":
+            again = {(chunk.transfer, chunk.begin, chunk.end) for chunk in ahead.copied if not chunk.speculative}
+            assert {(chunk.transfer, chunk.begin, chunk.end) for chunk in ahead.needed} <= again
+
+    def test_one_that_fails_again_when_it_is_needed(
+        self, folder: Path, ahead: DiskAhead, want_short: dict[int, Tensor]
+    ) -> None:
+        """Then it is an error like any other, and the next call works."""
+        model = self.load(folder, ahead)
+
+        def strike(read: int) -> None:
+            if ahead.chunk.speculative:
+                ahead.hold(read)
+            ahead.spares_urgent = not ahead.needed
+            input_output_error(read)
+
+        ahead.arm(strike)
+        with pytest.raises(PromoeError, match=r"could not be read: reading .*Input/output error"):
+            check_short(model, want_short, 100)
+        ahead.heal()
+        assert any(ahead.needed[0].transfer is chunk.transfer and not chunk.speculative for chunk in ahead.struck)
+        check_short(model, want_short)
+        check_tables(model)
+
+    @pytest.mark.parametrize("fault", [deleted, truncated, overwritten], ids=lambda fault: fault.__name__)
+    def test_a_file_that_is(
+        self, fault: Callable[[Path], None], tmp_path: Path, ahead: DiskAhead, want_short: dict[int, Tensor]
+    ) -> None:
+        """When the last bytes of a copy are on their way, asked for ahead of need, and a layer waits for them."""
+        build().save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        content = file.read_bytes()
+        model = self.load(tmp_path, ahead)
+
+        def strike(read: int) -> None:
+            chunk = ahead.chunk
+            if chunk.end == ahead.link.filler.cuts(chunk.transfer).ends[-1]:
+                ahead.hold(read)
+                if ahead.needed and ahead.needed[0] is chunk:
+                    ahead.over.wait(0.05)  # what else the layer waits for has come by then
+                    fault(file)
+
+        ahead.arm(strike)
+        with pytest.raises(PromoeError, match=r"expert \d of MoE layer \d could not be read: .*model\.safetensors"):
+            check_short(model, want_short, 100)
+        assert ahead.needed
+        ahead.heal()
+        put_back(file, content)
+        check_short(model, want_short)
+        check_tables(model)
+
+    @pytest.mark.parametrize("then", ["more-calls", "unpatch"])
+    def test_one_that_hangs_and_is_not_needed(
+        self,
+        then: str,
+        folder: Path,
+        ahead: DiskAhead,
+        want_short: dict[int, Tensor],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Nobody waits for it, and the last free lane brings what is needed."""
+        names = Names([experts[:3] for experts in left_aside(1)])
+        model = self.load(folder, ahead, names, depth=2, warm=False)
+        monkeypatch.setattr(links_threads, "CLOSE_SECONDS", 0.2)
+        with TestStalls().stalled(ahead) as answer:
+            for _ in range(20):
+                assert torch.equal(logits(model, 1), want_short[1])
+            assert len(ahead.struck) == ahead.link.speculating == 1
+            if then == "unpatch":
+                assert torch.equal(logits(promoe_triton.unpatch(model), 1), want_short[1])
+            else:
+                answer.set()
+                for prompt, right in want_short.items():
+                    assert torch.equal(logits(model, prompt), right)
+                check_tables(model)
+        if then == "unpatch":
+            for thread in readers():
+                thread.join(30)
+
+    def test_one_that_hangs_and_is_needed(self, folder: Path, ahead: DiskAhead, want_short: dict[int, Tensor]) -> None:
+        model = self.load(folder, ahead, io_timeout=0.2)
+        with TestStalls().stalled(ahead) as answer:
+            with pytest.raises(PromoeError, match=r"no byte arrived for 0\.2 s while waiting for expert"):
+                check_short(model, want_short, 100)
+            assert ahead.struck
+            with pytest.raises(PromoeError, match="interrupted reads have not ended"):
+                logits(model)
+            answer.set()
+            check_short(model, want_short)
+        check_tables(model)
+
+    def test_ctrl_c_while_it_is_on_its_way(self, folder: Path, ahead: DiskAhead, wanted_tokens: list[int]) -> None:
+        model = self.load(folder, ahead)
+        for moment in (0, 1, 9):
+            with ctrl_c(ahead, moment):
+                for _ in range(50):
+                    tokens(model)
+            assert tokens(model) == wanted_tokens
+            check_tables(model)
+        assert len(ahead.struck) >= 3
+
+    def test_wherever_a_signal_can_strike(self, folder: Path, ahead: DiskAhead, want_short: dict[int, Tensor]) -> None:
+        """In a call of the whole model, predictions included, with copies held on their way until it has struck."""
+        model = self.load(folder, ahead, lock_timeout=0.05)
+        strikes = caught = 0
+        for number in itertools.count(0, 31):
+            logits(model, 3)  # so that other experts are in the slots
+            ahead.arm(ahead.hold)
+            logits(model, 1)  # which leaves copies for the first layer on their way
+            where, struck = interrupted(number, logits, model, 2)
+            strikes, caught = strikes + 1, caught + (ahead.link.speculating > 0)
+            ahead.heal()
+            if where is None:
+                break
+            del struck
+            for prompt in (2, 1, 3, 2):
+                assert torch.equal(logits(model, prompt), want_short[prompt]), where
+            check_tables(model)
+        assert strikes > 20
+        assert caught > 8
+
+
 # The interpreter looks for signals where a function begins, a call returns and a loop goes round...
 SIGNAL_POINTS = {
     code for name, code in opcode.opmap.items() if name in ("RESUME", "JUMP_BACKWARD") or name.startswith("CALL")
@@ -952,6 +1257,7 @@ def interrupted(number: int, work: Callable[..., Any], *arguments: Any) -> tuple
         pytest.param({"slots": 2, "depth": 2, "chunk": 8192, "io": "direct"}, id="one-a-layer"),
         pytest.param({"slots": 5, "depth": 3, "chunk": 4096, "partition": "global", "policy": "lfru"}, id="shared"),
         pytest.param({"slots": 9, "depth": 1, "policy": "static"}, id="most"),
+        pytest.param({"slots": 8, "depth": 3, "chunk": 4096, "always_predict": True}, id="ahead-of-need"),
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
@@ -1001,6 +1307,8 @@ def test_any_faults_in_any_order(seed: int, options: dict[str, Any], folder: Pat
         assert torch.equal(logits(model, prompt), right)
     check_tables(model)
     assert min(outcomes.values()) >= 3, outcomes
+    if options.get("always_predict"):
+        assert promoe_triton.stats(model).ahead.bytes_copied > 0
 
 
 class TestNothingStays:

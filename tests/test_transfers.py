@@ -25,7 +25,10 @@ def start(transfer: Transfer, rank: int) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Expected:
-    """What should be known of one transfer; `out` are chunks that have neither landed nor failed."""
+    """What should be known of one transfer; `out` are chunks that have neither landed nor failed.
+
+    touching: the one that all bytes have landed with, until they are put in place.
+    """
 
     transfer: Transfer
     ends: list[int]
@@ -36,7 +39,7 @@ class Expected:
     out: list[Chunk] = field(default_factory=list)
     again: list[Chunk] = field(default_factory=list)
     stopped: bool = False
-    touching: bool = False
+    touching: Chunk | None = None
     error: BaseException | None = None
 
     @property
@@ -49,7 +52,7 @@ class Expected:
 
     @property
     def settled(self) -> bool:
-        return not (self.waiting or self.out or self.touching)
+        return not (self.waiting or self.out or self.touching is not None)
 
 
 class Queue(RuleBasedStateMachine):
@@ -122,14 +125,25 @@ class Queue(RuleBasedStateMachine):
         expected.out.remove(chunk)
         expected.landed += chunk.end - chunk.begin
         assert complete == (expected.landed == expected.nbytes and not expected.stopped)
-        expected.touching = complete
+        expected.touching = chunk if complete else None
 
-    @precondition(lambda self: any(expected.touching for expected in self.known))
+    @precondition(lambda self: any(expected.touching is not None for expected in self.known))
     @rule(data=st.data())
     def finished(self, data: st.DataObject) -> None:
-        expected = self.pick(data, [expected for expected in self.known if expected.touching])
+        expected = self.pick(data, [expected for expected in self.known if expected.touching is not None])
         self.queue.finished(expected.transfer)
-        expected.touching = False
+        expected.touching = None
+
+    @precondition(lambda self: any(expected.touching is not None for expected in self.known))
+    @rule(data=st.data())
+    def failed_at_last(self, data: st.DataObject) -> None:
+        """All bytes are there, and turn out to be wrong: none of them is handed out again, whoever waits by now."""
+        expected = self.pick(data, [expected for expected in self.known if expected.touching is not None])
+        error = OSError("mine")
+        assert expected.touching is not None
+        self.queue.failed(expected.touching, error)
+        expected.touching, expected.stopped = None, True
+        expected.error = expected.error or error
 
     @precondition(lambda self: any(expected.out for expected in self.known))
     @rule(data=st.data())
@@ -190,7 +204,7 @@ class Queue(RuleBasedStateMachine):
             self.queue.stop(expected.transfer)
             for chunk in expected.out:
                 self.queue.landed(chunk)
-            if expected.touching:
+            if expected.touching is not None:
                 self.queue.finished(expected.transfer)
             assert self.queue.settled(expected.transfer)
             self.queue.forget(expected.transfer)
@@ -281,6 +295,21 @@ def test_the_last_bytes_of_a_stopped_transfer_do_not_complete_it() -> None:
     queue.stop(transfer)
     assert queue.landed(chunk) is False
     assert queue.settled(transfer)
+
+
+@pytest.mark.parametrize("landed", [False, True], ids=["on its way", "as it is put in place"])
+def test_what_was_asked_for_ahead_and_fails_once_somebody_waits(landed: bool) -> None:
+    """Lost bytes are handed out again; but where all are there, and wrong, whoever waits must be told."""
+    queue = TransferQueue()
+    transfer = Transfer(key=KEY, part=Part.WHOLE)
+    queue.push(transfer, [10], rank=1)
+    chunk = queue.next_chunk(10, None, start)
+    assert chunk is not None
+    queue.promote(transfer, URGENT)
+    assert not landed or queue.landed(chunk)
+    queue.failed(chunk, OSError("mine"))
+    assert queue.ended([transfer]) == ([transfer] if landed else [])
+    assert queue.next_chunk(10, None, start) == (None if landed else Chunk(transfer, 0, 10))
 
 
 def test_transfers_are_told_apart_by_identity() -> None:
