@@ -23,11 +23,12 @@ BENCHMARKS = (
     "offload",
     "urgent",
     "waiting",
+    "trust",
     "disk",
     "step",
     "beyond_ram",
 )
-ON_DISK = ("proactive", "offload", "urgent", "waiting", "disk", "step", "beyond_ram")
+ON_DISK = ("proactive", "offload", "urgent", "waiting", "trust", "disk", "step", "beyond_ram")
 
 
 def main() -> None:
