@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import record
@@ -22,7 +22,7 @@ from promoe_triton.demo import PREDICTOR
 from promoe_triton.predictors import GatePredictor, Gates, Reach, read_gates
 from promoe_triton.predictors.gates import Gate
 from promoe_triton.predictors.learned import Head, Heads, load_heads
-from promoe_triton.protocols import Observation
+from promoe_triton.protocols import Observation, Seam
 from promoe_triton.tracing import experts_of
 from promoe_triton.training import sources
 
@@ -59,8 +59,21 @@ def large() -> tuple[Gates, Heads]:
 
 def observations(gates: Gates) -> list[Observation]:
     """Return what routers in the middle of the model were given, as their norms give it."""
+    return routed(gates, range(1, len(gates.layers) - DISTANCE))
+
+
+def of_a_token(gates: Gates) -> list[Observation]:
+    """Return all that a predictor is shown of a token: before the first layer, of every router, and after the last."""
+    D, last = gates.layers[0].weight_GD.shape[1], len(gates.layers) - 1  # type: ignore[union-attr]
+    state_1D = torch.randn(1, D, dtype=gates.layers[0].weight_GD.dtype)  # type: ignore[union-attr]
+    entered = Observation(layer=0, seam=Seam.ENTERED, state_TD=state_1D)
+    left = Observation(layer=last, seam=Seam.LEFT, state_TD=state_1D)
+    return [entered, *routed(gates, range(last)), left]
+
+
+def routed(gates: Gates, layers: Iterable[int]) -> list[Observation]:
     found = []
-    for layer in range(1, len(gates.layers) - DISTANCE):
+    for layer in layers:
         gate = gates.layers[layer]
         assert isinstance(gate, Gate)
         D = gate.weight_GD.shape[1]
@@ -69,7 +82,7 @@ def observations(gates: Gates) -> list[Observation]:
     return found
 
 
-def seconds_per_layer(predictor: GatePredictor, seen: Sequence[Observation], rounds: int) -> float:
+def seconds_each(predictor: GatePredictor, seen: Sequence[Observation], rounds: int) -> float:
     began = time.perf_counter()
     for _ in range(rounds):
         for one in seen:
@@ -92,16 +105,25 @@ def main() -> None:
             "gate": GatePredictor(gates, Reach(distance=DISTANCE)),
             "learned": GatePredictor(gates, Reach(distance=DISTANCE), heads),
         }
-        for predictor in predictors.values():
-            seconds_per_layer(predictor, seen, rounds)
+        token = of_a_token(gates)
+        turns = {name: partial(seconds_each, one, seen, rounds) for name, one in predictors.items()}
+        turns |= {
+            f"{name}, all of a token": partial(seconds_each, one, token, rounds) for name, one in predictors.items()
+        }
+        for turn in turns.values():
+            turn()
         results.begin()
-        turns = {name: partial(seconds_per_layer, one, seen, rounds) for name, one in predictors.items()}
         taken = take_turns(turns, repeats)
         gate = gates.layers[0]
         assert isinstance(gate, Gate)
         G, D = gate.weight_GD.shape
         rows = []
         for name, values in taken.items():
+            if name not in predictors:
+                # As many as there are layers beside the first observation: per layer, all that it costs.
+                micros = [value * 1e6 * len(token) / len(gates.layers) for value in values]
+                rows.append(record.row(case, name, "per layer", "us", micros, target=TARGETS[case], better="lower"))
+                continue
             weights = DISTANCE * G * D + (WIDTH * (D + DISTANCE * G) if name == "learned" else 0)
             (run,) = predictors[name]._plan(seen[0])
             nbytes = sum(matrix.nbytes for matrix in (run.weight_DG, *(run.inner or ())))
