@@ -112,10 +112,12 @@ class Driven(RuleBasedStateMachine):
             assert not evicted, "what leaves makes room for what is about to be written"
             return
         assert evicted <= (chunk.transfer not in self.given), "one, for a first chunk"
-        if evicted and chunk.speculative:
-            table, rank = self.core.tables[chunk.transfer.key.layer], self.core.queue.rank(chunk.transfer)
+        table = self.core.tables[chunk.transfer.key.layer]
+        if evicted:
+            assert len(before[table]) == len(table), "no slot was free"
             (victim,) = before[table] - {*table._slot_of}
-            assert expected[victim.layer].get(victim, inf) > rank, "nothing leaves that is needed sooner"
+            sooner = expected[victim.layer].get(victim, inf) <= self.core.queue.rank(chunk.transfer)
+            assert not (chunk.speculative and sooner), "speculation takes no slot of what is needed sooner"
         assert chunk.speculative is (self.core.queue.rank(chunk.transfer) != URGENT)
         if chunk.speculative and speculative is not None and not cuts(chunk.transfer).whole:
             assert chunk.end - chunk.begin <= min(budget, speculative) * PAGE
@@ -125,7 +127,6 @@ class Driven(RuleBasedStateMachine):
         else:
             assert chunk.begin == self.given[transfer], "every byte once, in order"
             self.given[transfer] = chunk.end
-        table = self.core.tables[transfer.key.layer]
         assert table.slot_of(transfer.key) == transfer.slot, "what is written is occupied"
         assert not table.is_ready(transfer.key), "and nobody reads it"
         queue = self.core.queue
@@ -235,7 +236,7 @@ class Driven(RuleBasedStateMachine):
                 assert self.core.queue.stopped(transfer), "stale speculation is dropped"
 
     def check_kept(self, needs: Needs, ready: set[ExpertKey]) -> None:
-        """Where experts stay, those in slots do, but for few whose slots others pass through: these are no evictions."""
+        """Where experts stay, those in slots do, but for few whose slots others pass through: no evictions."""
         gone = ready - self.core.tables[self.layer].ready()
         if not self.stays:
             return
