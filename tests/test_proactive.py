@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_learned import drawn, gates_of
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -25,6 +26,9 @@ from promoe_triton.links import choice
 from promoe_triton.links.fake import FakeLink, Wire
 from promoe_triton.links.filling import Filler
 from promoe_triton.policies import POLICIES
+from promoe_triton.predictors import OraclePredictor, Reach, RoutedLayers, RoutingRecorder
+from promoe_triton.predictors.bounds import Recording
+from promoe_triton.predictors.learned import save_heads
 from promoe_triton.protocols import Chunk, Observation, Prediction, Seam
 from promoe_triton.techniques import ABLATION
 from promoe_triton.transfers import URGENT
@@ -34,6 +38,7 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 LONG = torch.arange(40)[None] * 7 % 64
 """A prompt that is long enough to count as one: nothing is predicted in it."""
 STEPS = 6
+ROUTED = RoutedLayers(experts=(EXPERTS,) * LAYERS, active=(TOP,) * LAYERS, stacks=("",) * LAYERS)
 
 
 def build() -> Any:
@@ -86,6 +91,26 @@ def want() -> list[Tensor]:
 @pytest.fixture(scope="module")
 def want_long() -> list[Tensor]:
     return logits(build(), LONG)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a correction to the gates that is drawn, not trained."""
+    file = tmp_path_factory.mktemp("learned") / "predictor.safetensors"
+    gates = gates_of(build())
+    save_heads(file, drawn(gates), gates, {})
+    return file
+
+
+@pytest.fixture(scope="module")
+def recording(folder: Path) -> Recording:
+    """What a model that runs PROMPT, LONG and PROMPT again chooses."""
+    recorder = RoutingRecorder(passes=99)
+    model = promoe_triton.from_pretrained(folder, slots=LAYERS, predictor=recorder)
+    for prompt in (PROMPT, LONG, PROMPT):
+        logits(model, prompt)
+    assert len(recorder.recording) == 3 * (1 + STEPS)
+    return recorder.recording
 
 
 def equal(found: list[Tensor], want: list[Tensor]) -> bool:
@@ -151,14 +176,21 @@ class TestTheOutputIsTheSame:
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_whatever_is_predicted_and_however_the_link_behaves(
-        self, data: st.DataObject, folder: Path, want: list[Tensor], want_long: list[Tensor]
+        self,
+        data: st.DataObject,
+        folder: Path,
+        learned: Path,
+        recording: Recording,
+        want: list[Tensor],
+        want_long: list[Tensor],
     ) -> None:
         draw = data.draw
         seed = draw(st.integers(0, 9), label="seed")
         rng = random.Random(seed)
         faults = draw(st.sampled_from([0.0, 0.3]), label="faults of speculation")
-        named = st.sampled_from(["auto", "gate", "history", "token", "random", "none"])
-        predictor = draw(named | st.builds(anything, st.integers(0, 9)), label="predictor")
+        named = st.sampled_from(["auto", "gate", "history", "token", "random", "none", learned])
+        oracle = st.builds(OraclePredictor, st.just(recording), st.just(ROUTED), st.builds(Reach, distance=st.just(2)))
+        predictor = draw(named | oracle | st.builds(anything, st.integers(0, 9)), label="predictor")
         wire = {
             "bandwidth": draw(st.sampled_from([1e6, 1e8, 1e12]), label="bandwidth"),
             "latency": draw(st.sampled_from([0.0, 1e-3]), label="latency"),
