@@ -194,9 +194,9 @@ class TestTheOutputIsTheSame:
         seed = draw(st.integers(0, 9), label="seed")
         rng = random.Random(seed)
         faults = draw(st.sampled_from([0.0, 0.3]), label="faults of speculation")
-        named = st.sampled_from(["auto", "gate", "history", "token", "random", "none", learned])
+        named = map(st.just, ["auto", "gate", "history", "token", "random", "none", learned])
         oracle = st.builds(OraclePredictor, st.just(recording), st.just(ROUTED), st.builds(Reach, distance=st.just(2)))
-        predictor = draw(named | oracle | st.builds(anything, st.integers(0, 9)), label="predictor")
+        predictor = draw(st.one_of(*named, oracle, st.builds(anything, st.integers(0, 9))), label="predictor")
         wire = {
             "bandwidth": draw(st.sampled_from([1e6, 1e8, 1e12]), label="bandwidth"),
             "latency": draw(st.sampled_from([0.0, 1e-3]), label="latency"),
