@@ -148,13 +148,20 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(model: Path) -
 
 def test_generate_writes_a_timeline(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
-    options = ("generate", model, "--prompt", PROMPT, "--slots", "0.5", "--max-new-tokens", "24")
+    prompt = "a dog ran to the cat, " * 3  # it needs more experts than there are slots: some are waited for
+    options = ("generate", model, "--prompt", prompt, "--slots", "0.5", "--max-new-tokens", "24")
     answer = call_json(*options, "--timeline", file, "--predictor", "gate", "--bandwidth", "10MB/s")
     assert answer["ids"] == call_json(*options)["ids"]
-    lanes = {e["args"]["name"] for e in json.loads(file.read_text())["traceEvents"] if e["name"] == "thread_name"}
-    assert {"compute", "copy 0"} <= lanes
+    events = json.loads(file.read_text())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"compute", "copy 0"} <= {*lanes.values()}
+    seen = {(lanes[event["tid"]].split()[0], event["cat"]) for event in events if "cat" in event}
+    assert {("compute", "compute"), ("compute", "stall"), ("compute", "predict"), ("copy", "urgent")} <= seen
     ahead = answer["stats"]["ahead"]
     assert ahead["on_time"] + ahead["late"] > 0  # which of the two it is depends on how busy the machine is
+    shown = sum(event["args"]["bytes"] for event in events if event.get("cat") == "speculation")
+    assert shown >= ahead["bytes_copied"]  # a chunk may land between the end of the run and that of the recording
+    assert (("copy", "speculation") in seen) >= (ahead["on_time"] > 0)
     assert len(answer["stats"]["copied_ahead"]) == LAYERS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields
+from math import inf
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from promoe_triton import core as cores
 from promoe_triton.config import Config
-from promoe_triton.core import Core, Needs, Tally
+from promoe_triton.core import STREAM_BUFFERS, Core, Needs, Tally
 from promoe_triton.policies import POLICIES, make_policy
 from promoe_triton.protocols import PAGE, Chunk, Cuts, ExpertKey, Part, Seam, Transfer
 from promoe_triton.slots import SlotTable
@@ -61,12 +62,19 @@ class Driven(RuleBasedStateMachine):
         shared=st.booleans(),
         overtake=st.booleans(),
         preempt=st.booleans(),
-        reorder=st.booleans(),
+        takes=st.sampled_from(["reorder", "pins", "neither"]),
+        ghosts=st.booleans(),
         policy=st.sampled_from(POLICIES),
     )
-    def open(self, slots: list[int], shared: bool, overtake: bool, preempt: bool, reorder: bool, policy: str) -> None:
-        self.core = make_core(slots, shared, policy, overtake=overtake, preempt=preempt, reorder=reorder)
-        self.overtake, self.preempt = overtake, preempt
+    def open(
+        self, slots: list[int], shared: bool, overtake: bool, preempt: bool, takes: str, ghosts: bool, policy: str
+    ) -> None:
+        order = {"reorder": takes == "reorder", "pins": takes == "pins", "ghosts": ghosts}
+        self.core = make_core(slots, shared, policy, overtake=overtake, preempt=preempt, **order)
+        self.overtake, self.preempt, self.ghosts = overtake, preempt, ghosts
+        self.stays = takes != "neither"
+        self.evicted = self.absent = 0
+        self.used: dict[SlotTable, list[ExpertKey]] = {table: [] for table in self.tables()}
         self.out: list[Chunk] = []
         self.unlucky = False
         self.lost: list[tuple[Transfer, int, int]] = []
@@ -95,9 +103,21 @@ class Driven(RuleBasedStateMachine):
 
     @rule(budget=st.integers(1, 5), speculative=st.integers(0, 5) | st.none())
     def next_chunk(self, budget: int, speculative: int | None) -> None:
+        before = {table: {*table._slot_of} for table in self.tables()}
+        evicted, expected = self.core.evictions, [dict(positions) for positions in self.core._expected]
         chunk = self.core.next_chunk(budget * PAGE, None if speculative is None else speculative * PAGE)
+        evicted = self.core.evictions - evicted
+        self.evicted += evicted
         if chunk is None:
+            assert not evicted, "what leaves makes room for what is about to be written"
             return
+        assert evicted <= (chunk.transfer not in self.given), "one, for a first chunk"
+        table = self.core.tables[chunk.transfer.key.layer]
+        if evicted:
+            assert len(before[table]) == len(table), "no slot was free"
+            (victim,) = before[table] - {*table._slot_of}
+            sooner = expected[victim.layer].get(victim, inf) <= self.core.queue.rank(chunk.transfer)
+            assert not (chunk.speculative and sooner), "speculation takes no slot of what is needed sooner"
         assert chunk.speculative is (self.core.queue.rank(chunk.transfer) != URGENT)
         if chunk.speculative and speculative is not None and not cuts(chunk.transfer).whole:
             assert chunk.end - chunk.begin <= min(budget, speculative) * PAGE
@@ -107,7 +127,6 @@ class Driven(RuleBasedStateMachine):
         else:
             assert chunk.begin == self.given[transfer], "every byte once, in order"
             self.given[transfer] = chunk.end
-        table = self.core.tables[transfer.key.layer]
         assert table.slot_of(transfer.key) == transfer.slot, "what is written is occupied"
         assert not table.is_ready(transfer.key), "and nobody reads it"
         queue = self.core.queue
@@ -181,8 +200,11 @@ class Driven(RuleBasedStateMachine):
         core = self.core
         self.layer = (self.layer + 1) % LAYERS
         table = core.tables[self.layer]
+        ready = {*table.ready()}
         needs = core.gate(self.layer, experts, recent)
         self.check(needs, experts)
+        self.check_kept(needs, ready)
+        self.count_absent(table, [ExpertKey(self.layer, expert) for expert in experts])
         asked = [(key, Part.WHOLE) for key in needs.missing] + [(key, Part.UP) for key in needs.streamed]
         at_once = len(asked) if self.preempt else 1
         computed, up = [key.expert for key in needs.resident], []
@@ -213,6 +235,23 @@ class Driven(RuleBasedStateMachine):
             if self.preempt and late and transfer.key.expert not in experts and not self.core.queue.complete(transfer):
                 assert self.core.queue.stopped(transfer), "stale speculation is dropped"
 
+    def check_kept(self, needs: Needs, ready: set[ExpertKey]) -> None:
+        """Where experts stay, those in slots do, but for few whose slots others pass through: no evictions."""
+        gone = ready - self.core.tables[self.layer].ready()
+        if not self.stays:
+            return
+        assert gone <= {*needs.missing, *needs.streamed}
+        assert len(gone) <= (STREAM_BUFFERS if needs.streamed else 0)
+        assert {*needs.resident} == (ready - gone) & {*needs.resident, *needs.missing, *needs.streamed}
+
+    def count_absent(self, table: SlotTable, keys: list[ExpertKey]) -> None:
+        """What an LRU cache has: the experts used last, as many as there are slots."""
+        used = self.used[table]
+        for key in keys:
+            self.absent += self.ghosts and key not in used[-len(table) :]
+            used[:] = [*(other for other in used if other != key), key]
+        assert self.core.absent == self.absent
+
     def arrived(self, transfer: Transfer) -> int:
         table = self.core.tables[transfer.key.layer]
         assert table.is_ready(transfer.key)
@@ -225,6 +264,7 @@ class Driven(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         core = self.core
+        assert core.evictions == self.evicted or not self.stays, "nothing leaves for another but before a first chunk"
         for table in self.tables():
             table.check_integrity()
             ahead = [t for t in core._speculation(table) if t.slot >= 0 and not core.queue.stopped(t)]

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import FAMILIES
+from zoo import FAMILIES, randomise
 
 import promoe_triton
+from promoe_triton.core import Needs
 from promoe_triton.demo import MODEL
 from promoe_triton.patch._families import describe
 from promoe_triton.patch._swap import find_experts
@@ -38,7 +39,7 @@ from promoe_triton.predictors import (
 from promoe_triton.predictors.norms import Norm, Standard
 from promoe_triton.predictors.places import find_place, run_router
 from promoe_triton.predictors.scoring import Rule, Scoring
-from promoe_triton.protocols import Observation, Prediction, Predictor, Seam
+from promoe_triton.protocols import ExpertKey, Observation, Prediction, Predictor, Seam
 
 TOKENS = 7
 UNPATCHABLE = ("switch_transformers", "nllb-moe", "doge", "vitpose")
@@ -256,41 +257,80 @@ def test_a_gate_whose_rule_is_unknown_is_refused() -> None:
     assert targets == {0}
 
 
-def test_hash_layers_are_predicted_exactly_from_token_ids() -> None:
+def hashing(layers: int) -> Any:
+    """DeepSeek V4, of which so many layers route by token; 3 of them in what is published."""
     model = build("deepseek_v4")
+    config = copy.deepcopy(model.config)
+    config.mlp_layer_types = ["hash_moe"] * layers + ["moe"] * (1 if layers > 1 else 2)
+    config.num_hidden_layers = len(config.mlp_layer_types)
+    config.layer_types = (config.layer_types + ["sliding_attention"])[: config.num_hidden_layers]
+    model = type(model)(config).eval()
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("hashed", [1, 3])
+def test_hash_layers_are_predicted_exactly_from_token_ids(hashed: int) -> None:
+    model = hashing(hashed)
     gates = gates_of(model)
-    assert [type(gate) for gate in gates.layers] == [TokenRoutes, Gate, Gate]
+    assert [type(gate) for gate in gates.layers][: hashed + 1] == [TokenRoutes] * hashed + [Gate]
+    layers = range(len(gates.layers))
     inputs = FAMILIES["deepseek_v4"].inputs(model, TOKENS)
     seen = observe(model, lambda: model(**inputs))
     # Its residual stream is several: before attention the tokens are all there is to see.
-    assert [(o.layer, o.seam) for o in seen] == [(i, seam) for i in range(3) for seam in (Seam.ENTERED, Seam.ROUTED)]
+    assert [(o.layer, o.seam) for o in seen] == [(i, seam) for i in layers for seam in (Seam.ENTERED, Seam.ROUTED)]
     before, routed = seen[:2]
     assert before.state_TD is None
     ids_TA = routed.expert_ids_TA
     assert ids_TA is not None
-    (said,) = GatePredictor(gates, Reach(distance=1)).predict(before)
-    counts = torch.bincount(ids_TA.flatten(), minlength=6).float()
-    asked = said.scores > 0
-    assert said.layer == 0
-    assert torch.equal(said.scores[asked], counts[said.expert_ids[asked]])
-    assert set(said.expert_ids[asked].tolist()) == set(ids_TA.flatten().tolist())
+    chosen = {o.layer: o.expert_ids_TA for o in seen if o.expert_ids_TA is not None}
+    assert hashed == 1 or not torch.equal(chosen[1], chosen[2])
+    predictor = GatePredictor(gates, Reach(distance=1))
+    said = [(o.layer, o.seam, p) for o in seen for p in predictor.predict(o) if p.layer < hashed]
+    places = [(layer, seam, p.layer) for layer, seam, p in said]
+    assert places[:1] == [(0, Seam.ENTERED, 0)]
+    assert {(i, Seam.ROUTED, i + 1) for i in range(hashed - 1)} <= {*places}
+    for _, _, p in said:
+        counts = torch.bincount(chosen[p.layer].flatten(), minlength=6).float()
+        asked = p.scores > 0
+        assert torch.equal(p.scores[asked], counts[p.expert_ids[asked]])
+        assert {*p.expert_ids.tolist()} - {-1} == {*chosen[p.layer].flatten().tolist()}, "no others, to fill up"
     assert not GatePredictor(gates, Reach(distance=1)).predict(dataclasses.replace(before, token_ids_T=ids_TA[:0, 0]))
     assert [p.layer for p in GatePredictor(gates, Reach(distance=1)).predict(routed)] == [1]
     assert RandomPredictor(find_layers(model, dict.fromkeys(find_experts(model), 6)), Reach()).predict(before)
 
 
-def test_hash_layers_are_copied_ahead_and_needed() -> None:
-    """Of a patched model, while it decodes: all that was copied for the layer that routes by token was needed."""
-    model = build("deepseek_v4")
-    patched = promoe_triton.patch(model, slots=9, store="spool", predictor="gate", always_predict=True)
+@pytest.mark.parametrize("hashed", [1, 3])
+def test_hash_layers_are_copied_ahead_and_needed(hashed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a patched model, while it decodes: what layers that route by token need was predicted, and nothing else."""
+    model = hashing(hashed)
+    slots = 3 * model.config.num_hidden_layers
+    patched = promoe_triton.patch(model, slots=slots, store="spool", predictor="gate", always_predict=True)
+    core = patched._promoe_runtime.core
+    gate, predict = core.gate, core.predict
+    named: set[ExpertKey] = set()
+
+    def gated(layer: int, *args: Any) -> Needs:
+        needs: Needs = gate(layer, *args)
+        if layer < hashed:
+            assert {*needs.resident, *needs.missing, *needs.streamed} <= named
+        return needs
+
+    def predicted(position: int, ranked: Sequence[ExpertKey], *args: Any) -> bool:
+        named.update(ranked)
+        return bool(predict(position, ranked, *args))
+
+    monkeypatch.setattr(core, "gate", gated)
+    monkeypatch.setattr(core, "predict", predicted)
     inputs = FAMILIES["deepseek_v4"].inputs(model, 3)
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         for token in range(12):
+            named.clear()
             model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-    first = promoe_triton.stats(patched).copied_ahead[0]
-    assert first.on_time + first.late > 5
-    assert first.wasted == 0
+    for ahead in promoe_triton.stats(patched).copied_ahead[:hashed]:
+        assert ahead.on_time + ahead.late > 5
+        assert ahead.wasted == 0
 
 
 @functools.cache

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_proactive import Names, computing, faked
 from zoo import FAMILIES
 
 import promoe_triton
@@ -64,6 +66,41 @@ def test_what_a_gate_drops_is_seen(tmp_path: Path) -> None:
     assert all(name.startswith("layer 1 drops ") for name in dropped)
     ahead = promoe_triton.stats(model).ahead
     assert sum(name.count(",") + 1 for name in dropped) == ahead.dropped > 0
+
+
+def test_what_is_overtaken_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a link known exactly: copies for the next token have begun, and what a layer waits for passes them."""
+    model: Any = F.build()
+    nbytes = sum(parameter[0].nbytes for parameter in model.model.layers[0].mlp.experts.parameters())
+    made = faked(monkeypatch, bandwidth=1.25 * nbytes / 1e-3)
+    rng = random.Random(0)
+
+    def choose() -> Prediction:
+        ids = torch.tensor(rng.sample(range(6), 3))
+        return Prediction(layer=rng.randrange(2), steps=1, expert_ids=ids, scores=torch.zeros(3))
+
+    options: dict[str, Any] = {"predictor": Names(choose), "always_predict": True, "chunk": 4096}
+    promoe_triton.patch(model, slots=8, store="spool", spool_dir=tmp_path, **options)
+    computing(model, made.links[0], 1e-3)
+    with promoe_triton.record_timeline(model) as timeline, torch.no_grad():
+        for token in range(12):
+            model(torch.tensor([[token]]))
+    timeline.save(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"urgent", "speculation", "compute", "stall", "predict", "dropped"} <= {event.get("cat") for event in events}
+    copies = [event for event in events if event.get("cat") in ("urgent", "speculation")]
+    assert max(event["args"]["bytes"] for event in copies) <= 4096 < nbytes
+    assert {event["args"]["offset"] for event in copies} > {0, 4096}
+    overtaken = set()
+    for name in {copy["name"] for copy in copies}:
+        mine = [i for i, copy in enumerate(copies) if copy["name"] == name]
+        for i, j in pairwise(mine):
+            before, after = copies[i], copies[j]
+            goes_on = after["args"]["offset"] == before["args"]["offset"] + before["args"]["bytes"]
+            between = {copy["cat"] for copy in copies[i + 1 : j]}
+            if before["cat"] == after["cat"] == "speculation" and goes_on and "urgent" in between:
+                overtaken.add(name)
+    assert overtaken
 
 
 def test_the_oldest_spans_go_first() -> None:

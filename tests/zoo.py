@@ -119,8 +119,9 @@ def _config(config_class: Any, settings: Settings) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel) -> None:
+def randomise(model: PreTrainedModel) -> None:
     """Make routing and logits depend on the token, and overwrite what was left as it was allocated."""
+    by_id = 0
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() >= 2 and "A_log" not in name
         blank = "norm" not in name and not parameter.any()
@@ -136,9 +137,10 @@ def _randomise(model: PreTrainedModel) -> None:
             buffer.normal_(0.0, 0.05)
         elif name.endswith("balancing_biases"):  # of zaya, whose last class skips the experts: now and then
             buffer.zero_()[-1] = 0.02
-        elif name.endswith("tid2eid"):  # deepseek_v4: a token's experts by its id
+        elif name.endswith("tid2eid"):  # deepseek_v4: a token's experts by its id, others in each layer
             ids = torch.arange(buffer.shape[0])[:, None] + torch.arange(buffer.shape[1])
-            buffer.copy_(ids % EXPERTS)
+            buffer.copy_((ids + by_id) % EXPERTS)
+            by_id += 1
 
 
 def _ids(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
@@ -202,7 +204,7 @@ def _add(
         cls: Any = getattr(transformers, model_class)
         config_of = getattr(transformers, config_class) if config_class else cls.config_class
         model: Any = cls(_config(config_of, copy.deepcopy(settings or {})))
-        _randomise(model)
+        randomise(model)
         if generates:
             model.generation_config.eos_token_id = None  # always as many new tokens as were asked for
         return cast(PreTrainedModel, model.float().eval())

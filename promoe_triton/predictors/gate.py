@@ -109,7 +109,9 @@ class GatePredictor:
                 ids = routes.ids_VA[seen.token_ids_T].flatten()
                 counts_E = torch.bincount(ids, minlength=routes.experts)[: routes.experts].float()
                 best = counts_E.topk(min(len(ids), routes.experts))
-                named.append(Prediction(layer=target.layer, steps=0, expert_ids=best.indices, scores=best.values))
+                # Tokens may share experts: the places left over name none.
+                ids_K = best.indices.masked_fill(best.values == 0, -1)
+                named.append(Prediction(layer=target.layer, steps=0, expert_ids=ids_K, scores=best.values))
         return named
 
     def _plan(self, seen: Observation) -> tuple[_Run, ...]:
