@@ -94,14 +94,15 @@ def run(of: ModelShape, found: list[Routed], prompt: int = 1, bandwidth: float =
 
 
 class Even:
-    """Costs of a machine that takes so long for a byte of an expert's weights, and no time for anything else."""
+    """Costs of a machine that takes so long for a byte of an expert's weights and for attention, and no time otherwise."""
 
-    def __init__(self, of: ModelShape, seconds: float) -> None:
+    def __init__(self, of: ModelShape, seconds: float, attention: float = 0.0) -> None:
         self._seconds = {part: of.expert_bytes(0, part) * seconds for part in (Part.UP, Part.DOWN)}
+        self._attention = attention
         self.waves: list[int] = []
 
     def layer(self, tokens: int, context: int, texts: int) -> float:
-        return 0.0
+        return self._attention
 
     def call(self, tokens: int, settled: bool) -> float:
         return 0.0
@@ -607,18 +608,22 @@ def test_the_command_refuses(options: list[str], code: int, message: str) -> Non
     assert message in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 3.0])
-def test_a_prompt_streams_without_pauses(share: float) -> None:
-    """What passes through two slots keeps the link at work, whatever part of its time an expert takes to compute."""
-    of, bandwidth = shape(layers=1, experts=32), 1e9
-    prompt = Routed(ids=[np.arange(64, dtype=np.int16).reshape(32, 2) % 32])
-    costs, wire = Even(of, share / bandwidth), Wire(bandwidth=bandwidth, latency=0.0)
-    simulator = Simulator(of, costs, wire, Config(slots=16, chunk="64KiB", predictor="none"))
+def test_a_prompt_streams_without_pauses(share: float, layers: int) -> None:
+    """What passes through two slots keeps the link at work, whatever part of its time an expert takes to compute.
+
+    It rests while attention is computed.
+    """
+    of, bandwidth, attention = shape(layers=layers, experts=32), 1e9, 0.05
+    prompt = Routed(ids=[np.arange(64, dtype=np.int16).reshape(32, 2) % 32] * layers)
+    costs, wire = Even(of, share / bandwidth, attention), Wire(bandwidth=bandwidth, latency=0.0)
+    simulator = Simulator(of, costs, wire, Config(slots=16 * layers, chunk="64KiB", predictor="none"))
     for _ in range(2):
         simulator.reset()
         costs.waves.clear()
         outcome = simulator.run([*passes([prompt], prompt=31)][:1])
-    assert outcome.misses == 32 - 14
-    bound = max(32 * of.expert_bytes(0) * share / bandwidth, outcome.moving_seconds)
+    assert outcome.misses == (32 - 14) * layers
+    bound = max(layers * 32 * of.expert_bytes(0) * share / bandwidth, outcome.moving_seconds) + layers * attention
     assert 0.999 * bound <= outcome.seconds <= 1.01 * bound
     assert costs.waves.count(1) >= 2 * outcome.misses, "each half alone, so that the next can come meanwhile"
