@@ -94,7 +94,7 @@ def run(of: ModelShape, found: list[Routed], prompt: int = 1, bandwidth: float =
 
 
 class Even:
-    """Costs of a machine that takes so long for a byte of an expert's weights and for attention, and no time otherwise."""
+    """Costs of a machine that takes time for bytes of experts' weights and for attention, and none otherwise."""
 
     def __init__(self, of: ModelShape, seconds: float, attention: float = 0.0) -> None:
         self._seconds = {part: of.expert_bytes(0, part) * seconds for part in (Part.UP, Part.DOWN)}
