@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from zoo import EXPERTS, FAMILIES, moe_experts
 
-from promoe_triton.backends.torch import ByExpert, Grouped, TorchBackend
+from promoe_triton.backends.torch import VECTOR, ByExpert, Grouped, TorchBackend, _sums_alike
 from promoe_triton.layout import ExpertLayout
 from promoe_triton.patch._families import describe
 from promoe_triton.protocols import Part
@@ -365,6 +365,24 @@ def test_states_that_do_not_lie_together(name: str) -> None:
         assert not apart.is_contiguous()
         inputs = apart, ids_TA.t().contiguous().t(), weights_TA.t().contiguous().t()
         assert equal(at_once(kernels, inputs), grouped_mm_experts_forward(module, *inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("N", "K"), [(64, 96), (31, 97), (512, 256)])
+def test_another_order_of_summation_is_noticed(
+    N: int, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of random numbers would change one product in thirty."""
+
+    def backwards(weight_NK: Tensor, x_K: Tensor, out: Tensor) -> Tensor:
+        sums = (weight_NK.float() * x_K.float()).flip(1).cumsum(1)[:, -1]
+        return out.copy_(sums)
+
+    arguments = (N, K, dtype, torch.device("cpu"), VECTOR, torch.get_num_threads())
+    monkeypatch.setattr(torch, "mv", lambda weight, x, out: torch.mm(x.view(1, -1), weight.t(), out=out.view(1, -1)))
+    assert _sums_alike.__wrapped__(*arguments)
+    monkeypatch.setattr(torch, "mv", backwards)
+    assert not _sums_alike.__wrapped__(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -17,6 +17,7 @@ and whenever it is computed, so the split into waves cannot be seen in the resul
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -111,29 +112,41 @@ class OneToken(Rows):
         self.down_1AD = down_RD.unsqueeze(0)
 
 
-def row_parts(weight_NK: Tensor, probes: int = 8) -> int:
+def row_parts(weight_NK: Tensor) -> int:
     """Return how the product of a single row is computed: into how many parts it is cut along N, or `VECTOR`.
 
     The CPU library runs the fp32 product of one row on one thread. Cut into a batch of smaller products, one for
     each thread, it uses all of them. In half precision a matrix-vector product takes less time than a matrix product
-    with one row. Neither must change a bit, which depends on the library and the shape: so it is tried, with random
-    rows, and left alone (`PLAIN`) where anything differs.
+    with one row. Neither must change a bit, which depends on the processor, the library and the shape: so it is tried,
+    and left alone (`PLAIN`) where anything differs.
     """
     N, K = weight_NK.shape
-    parts = VECTOR
+    threads, parts = torch.get_num_threads(), VECTOR
     if weight_NK.dtype == torch.float32:
-        parts = torch.get_num_threads()
+        parts = threads
         if N % parts or (N // parts * K) % 16:
             return PLAIN
+    return parts if _sums_alike(N, K, weight_NK.dtype, weight_NK.device, parts, threads) else PLAIN
+
+
+@functools.cache
+def _sums_alike(N: int, K: int, dtype: torch.dtype, device: torch.device, parts: int, threads: int) -> bool:
+    """Whether a product in these parts adds up in the order in which `torch.mm` does, with so many threads.
+
+    Of random numbers another order changes some results in thousands. Here every sum is zero: what is computed is what
+    rounding has left, all of which depends on the order.
+    """
     generator = torch.Generator().manual_seed(0)
-    for _ in range(probes):
-        x_1K = torch.randn((1, K), generator=generator).to(weight_NK.dtype)
-        out_1N = x_1K.new_empty((1, N))
-        weights = [row_operand(weight_NK, parts)]
-        products(parts, rows_in(x_1K, parts), weights, None, rows_out(out_1N, parts), [(0, 0)])
-        if not torch.equal(out_1N, torch.mm(x_1K, weight_NK.t())):
-            return PLAIN
-    return parts
+    half = K // 2
+    # Far enough from one that what is left is no denormal number of half precision.
+    x_1K, weight_NK = (32 * torch.randn((rows, K), generator=generator).to(device, dtype) for rows in (1, N))
+    order = torch.randperm(half, generator=generator).to(device)
+    x_1K[:, half] = 0.0  # has no partner where K is odd
+    x_1K[:, K - half :] = x_1K[:, :half][:, order]
+    weight_NK[:, K - half :] = -weight_NK[:, :half][:, order]
+    out_1N = x_1K.new_empty((1, N))
+    products(parts, rows_in(x_1K, parts), [row_operand(weight_NK, parts)], None, rows_out(out_1N, parts), [(0, 0)])
+    return torch.equal(out_1N, torch.mm(x_1K, weight_NK.t()))
 
 
 def row_operand(weight_NK: Tensor, parts: int) -> Tensor:
